@@ -16,7 +16,7 @@ from typing import Any
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  # the other hooks are setuptools' own
 
-COMPILER_PACKAGE = "ziglang>=0.14,<0.18"
+COMPILER_PACKAGE = "ziglang>=0.17.1,<0.18"
 ZIG = [sys.executable, "-m", "ziglang", "cc"]
 
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
@@ -67,7 +67,7 @@ def find_compiler() -> list[str] | None:
 
 
 def accepts(compiler: list[str], flags: list[str]) -> bool:
-    """Whether a compiler that works knows these flags too."""
+    """Whether a compiler that works takes these flags too."""
     return _failure(compiler, flags) is None
 
 

@@ -76,7 +76,7 @@ class BuildKernels(build_ext):
         flags, link_flags = COMMON_FLAGS, []
         if is_zig(self.command):
             flags, link_flags = [*COMMON_FLAGS, *ZIG_FLAGS], ZIG_LINK_FLAGS
-            # It knows few of the flags that Python was built with.
+            # It takes few of the flags that Python was built with.
             linker = [*self.command, *ZIG_FLAGS, "-shared"]
             self.compiler.set_executables(compiler_so=[*self.command, "-fPIC"], linker_so=linker)
         x86_flags = X86_FLAGS if IS_X86 else {}

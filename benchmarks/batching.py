@@ -1,6 +1,7 @@
 """Several conversations that share passes, beside the same ones one after another; and many clients of a server.
 
     python benchmarks/batching.py [STORE] [--threads 2] [--trials 5] [--conversations 4] [--tokens 64] [--resident 0.25]
+           [--native PYTHON --gguf FILE [--peer-options="--huge-pages"]]
 
 Answers are drawn with a seed each, at a temperature that spreads the choice of experts; their prompts, of different
 lengths, are computed before the clock runs. `together`: a token of each in turn, in passes of as many rows as pay.
@@ -11,10 +12,13 @@ four_conversations_share_of_bound  that over the gain which the bytes read allow
                                    expert that one of its rows chose
 four_conversations_disk_ratio      the ratio with so many of the experts in RAM (`--resident`), the rest read from disk
 
+`--native` with a GGUF file of the same shape (`decode_cpu.py` makes one): llama.cpp built for this processor computes
+the same prompts in as many slots, in the same trials; `four_conversations_vs_llamacpp` is our rate together over its.
+
 The clients (`--clients`, 0 for none) are threads of another process, which stream answers of mixed lengths through the
-server, 8 at once; the others wait. `p95_ms`: of the time between two tokens, of all clients, and of one that is alone.
-The chunks of other prompts come between; `prompt_ms` is what the longest takes. The last line of stdout is one JSON
-document.
+server, as many at once as its default; the others wait. `p95_ms`: of the time between two tokens, of all clients, and
+of one that is alone. The chunks of other prompts come between, of which `chunk_ms` is one; `p95_over_goal`: over twice
+that of one client and a chunk. The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -25,17 +29,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import Any
 
 from harness import HOT_SAMPLING, alternate, bind_to_cores, finish, paired_ratio, prompt_ids, spread
+from live import Live
+from llamacpp_builds import NATIVE, RUNNER, describe_builds
 from run_store import fill
 from serve import served
 from speculation import Bound, Figures
 
 TOGETHER, APART = "together", "one after another"
-PARALLEL = 8
+CHUNK = 512  # tokens of a prompt that are computed at once
 
 
 class Conversations:
@@ -72,24 +78,30 @@ class Conversations:
         self.last[way] = figures
         return figures.rate
 
+    def prompt(self, number: int) -> list[int]:
+        length = self._options.prompt_tokens * (number + 1) // self._options.conversations
+        return [token % self._size for token in prompt_ids(number, max(1, length))]
+
     def _begun(self, number: int) -> Any:
         """A stream behind its first token."""
         import torch
 
         from offload_moe.chat.prompt import stream_tokens
 
-        length = self._options.prompt_tokens * (number + 1) // self._options.conversations
-        ids = [token % self._size for token in prompt_ids(number, max(1, length))]
+        ids = self.prompt(number)
         sampling = HOT_SAMPLING | {"seed": number, "max_new_tokens": self._options.tokens, "speculate": "off"}
         stream = stream_tokens(self.model.hf, None, torch.tensor([ids]), **sampling)
         next(stream)
         return stream
 
 
-def compared(model: Any, options: argparse.Namespace) -> dict[str, Any]:
+def compared(model: Any, options: argparse.Namespace, *, has_peer: bool) -> dict[str, Any]:
     conversations = Conversations(model, options)
     ways: dict[str, Callable[[], float]] = {APART: conversations.apart, TOGETHER: conversations.together}
-    rates = alternate(ways, num_trials=options.trials)
+    with ExitStack() as stack:
+        if has_peer and options.native:
+            ways[NATIVE] = slots_of(stack.enter_context(Live(peer_command(options))), conversations, options)
+        rates = alternate(ways, num_trials=options.trials)
     last, ratio = conversations.last, paired_ratio(rates, TOGETHER, APART)
     bound = Bound(model).gain(last[APART], last[TOGETHER])
     return {
@@ -99,7 +111,19 @@ def compared(model: Any, options: argparse.Namespace) -> dict[str, Any]:
         "experts_per_pass": {way: figures.experts_per_pass for way, figures in last.items()},
         "byte_bound": bound,
         "share_of_bound": {name: value / bound for name, value in ratio.items()},
-    }
+    } | ({"vs_llamacpp": paired_ratio(rates, TOGETHER, NATIVE)} if NATIVE in rates else {})
+
+
+def peer_command(options: argparse.Namespace) -> list[str]:
+    command = [options.native, RUNNER, options.gguf, "--threads", str(options.threads)]
+    command += ["--slots", str(options.conversations), "--context", str(options.prompt_tokens + options.tokens)]
+    return [*command, *options.peer_options.split()]
+
+
+def slots_of(peer: Live, conversations: Conversations, options: argparse.Namespace) -> Callable[[], float]:
+    """Tokens per second of the same prompts in slots of llama.cpp."""
+    prompts = [conversations.prompt(number) for number in range(options.conversations)]
+    return lambda: float(peer.ask("slots", prompts=prompts, num_tokens=options.tokens)["decode_tokens_per_s"])
 
 
 @contextmanager
@@ -108,7 +132,8 @@ def loaded(options: argparse.Namespace, share: float | None) -> Iterator[Any]:
     from offload_moe import load
 
     # The plan is for one conversation, and all of them are to have room beside the slots.
-    context, ram = options.conversations * (options.prompt_tokens + options.tokens), None
+    longest = max(options.prompt_tokens, options.client_prompt_tokens if options.clients else 0)
+    context, ram = options.conversations * (longest + options.tokens), None
     if share is not None:
         with load(options.store, context=context) as model:
             ram = model.placement.ram.bytes_with(max(1, int(share * model.engine.hierarchy.pools.keys.total)))
@@ -121,7 +146,8 @@ def loaded(options: argparse.Namespace, share: float | None) -> Iterator[Any]:
 
 def gaps_ms(port: int, client: int, options: argparse.Namespace) -> list[float]:
     """Milliseconds between the events of one stream, of which nearly each is a token."""
-    ids = [token % options.vocabulary for token in prompt_ids(client, 1 + options.prompt_tokens * (client % 4) // 4)]
+    length = 1 + options.client_prompt_tokens * (client % 4) // 4
+    ids = [token % options.vocabulary for token in prompt_ids(client, length)]
     body = {"model": "x", "prompt": ids, "max_tokens": options.tokens * (2 + client % 3) // 4, "seed": client}
     body |= {
         "stream": True,
@@ -140,7 +166,7 @@ def gaps_ms(port: int, client: int, options: argparse.Namespace) -> list[float]:
 def ask_many(port: int, num_clients: int, options: argparse.Namespace) -> list[float]:
     """From another process."""
     command = [sys.executable, __file__, "--port", str(port), "--clients", str(num_clients)]
-    command += ["--tokens", str(options.tokens), "--prompt-tokens", str(options.prompt_tokens)]
+    command += ["--tokens", str(options.tokens), "--client-prompt-tokens", str(options.client_prompt_tokens)]
     command += ["--vocabulary", str(options.vocabulary)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return list(json.loads(done.stdout))
@@ -150,30 +176,34 @@ def p95(values: list[float]) -> float:
     return sorted(values)[int(0.95 * len(values))]
 
 
-def prompt_s(model: Any, options: argparse.Namespace) -> float:
-    """Seconds of the longest prompt."""
+def chunk_s(model: Any, options: argparse.Namespace) -> float:
+    """Seconds of a chunk of a prompt, or of the longest prompt, where that is shorter."""
     import torch
 
     from offload_moe.chat.prompt import stream_tokens
 
-    ids = [token % options.vocabulary for token in prompt_ids(0, options.prompt_tokens)]
+    ids = [token % options.vocabulary for token in prompt_ids(0, min(options.client_prompt_tokens, CHUNK))]
     with stream_tokens(model.hf, None, torch.tensor([ids]), max_new_tokens=1, temperature=0) as stream:
         next(stream)
-        return stream.prompt_s
+        return float(stream.prompt_s)
 
 
 def clients(model: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Between two tokens, at the 95th percentile."""
     options.vocabulary = min(20_300, model.hf.config.get_text_config(decoder=True).vocab_size)
-    with served(model, parallel=PARALLEL, queue=options.clients) as port:
+    with served(model, queue=options.clients) as port:
         ways = {
             str(number): lambda number=number: p95(ask_many(port, number, options)) for number in (1, options.clients)
         }
         found = alternate(ways, num_trials=options.trials)
+    chunk_ms = spread([1e3 * chunk_s(model, options) for _ in range(options.trials)])
+    many, alone = found[str(options.clients)], found["1"]
+    goals_ms = [2 * each + chunk_ms["median"] for each in alone]
     return {
         "p95_ms": {number: spread(values) for number, values in found.items()},
         "ratio": paired_ratio(found, str(options.clients), "1"),
-        "prompt_ms": spread([1e3 * prompt_s(model, options) for _ in range(options.trials)]),
+        "chunk_ms": chunk_ms,
+        "p95_over_goal": spread([each / goal_ms for each, goal_ms in zip(many, goals_ms, strict=True)]),
     }
 
 
@@ -186,6 +216,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="of an answer")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="of the longest prompt")
     parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--client-prompt-tokens", type=int, default=800, help="of the longest prompt of a client")
+    parser.add_argument("--native", metavar="PYTHON", help="that has llama.cpp built for this processor")
+    parser.add_argument("--gguf", metavar="FILE", help="for it")
+    parser.add_argument("--peer-options", default="--flash-attention off --huge-pages", help="of run_llamacpp.py")
     parser.add_argument("--resident", type=float, default=0.25, help="share of the experts in RAM")
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--vocabulary", type=int, help=argparse.SUPPRESS)
@@ -202,10 +236,11 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     kernels.set_threads(options.threads)
+    peers = describe_builds({NATIVE: options.native}) if options.native else {}
     document: dict[str, Any] = {}
     for name, share in (("resident", None), ("disk", options.resident)):
         with loaded(options, share) as model:
-            document[name] = found = compared(model, options)
+            document[name] = found = compared(model, options, has_peer=share is None)
             ratio, bound = found["ratio"], found["byte_bound"]
             print(
                 f"{name}: {ratio['median']:.2f} times one after another ({ratio['min']:.2f} to {ratio['max']:.2f}), "
@@ -219,6 +254,7 @@ def main() -> None:
             "label": "measured",
             "store": options.store,
             "threads": options.threads,
+            "peers": peers,
             "num_conversations": options.conversations,
             "num_tokens": options.tokens,
             "num_prompt_tokens": options.prompt_tokens,
@@ -226,6 +262,7 @@ def main() -> None:
             "four_conversations_ratio": document["resident"]["ratio"],
             "four_conversations_share_of_bound": document["resident"]["share_of_bound"],
             "four_conversations_disk_ratio": document["disk"]["ratio"],
+            **({"four_conversations_vs_llamacpp": document["resident"]["vs_llamacpp"]} if peers else {}),
             **document,
         }
     )

@@ -69,6 +69,7 @@ def main() -> None:
             "layers": options.layers,
             "same_file": options.same_file,
             "threads": options.threads,
+            "trials": options.trials,
             "tokens": options.tokens,
             "peers": builds,
             "peer_options": options.peer_options,

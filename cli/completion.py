@@ -10,24 +10,31 @@ from offload_moe.system.names import DEMO, all_names, choice
 from offload_moe.system.paths import user_path
 from offload_moe.system.settings import SETTINGS
 
-from .options import POLICIES
+from .options import policies
 
 COMPLETE = "--complete"  # followed by the words behind `offload-moe`, the last of which is being written
-BASH = """\
-_offload_moe() {
-    local IFS=$'\\n'
-    COMPREPLY=($(offload-moe --complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
+BASH = r"""_offload_moe() {
+    local IFS=$'\n' words=("${COMP_WORDS[@]:1:COMP_CWORD}")
+    COMPREPLY=($(offload-moe --complete "${words[@]//[\\\"\']/}" 2>/dev/null))
+    case ${COMPREPLY[*]} in *[!A-Za-z0-9_./$'\n'-]*) compopt -o filenames 2>/dev/null ;; esac # quotes
 }
 complete -o default -F _offload_moe offload-moe
 """
-ZSH = """\
-#compdef offload-moe
+ZSH = r"""#compdef offload-moe
 local -a found
-found=(${(f)"$(offload-moe --complete "${(@)words[2,CURRENT]}" 2>/dev/null)"})
+found=(${(f)"$(offload-moe --complete "${(@)words[2,CURRENT]//[\\\"\']/}" 2>/dev/null)"})
 if (( $#found )); then compadd -a found; else _files; fi
 """
-FISH = """\
-complete -c offload-moe -a '(offload-moe --complete (commandline -opc)[2..-1] (commandline -ct) 2>/dev/null)'
+FISH = r"""function __offload_moe_complete
+    set -l words (commandline -opc)[2..-1] (commandline -ct)
+    set -l found (offload-moe --complete (string replace --all --regex "[\\\\\"']" "" -- $words) 2>/dev/null)
+    if set -q found[1]
+        printf '%s\n' $found
+    else
+        __fish_complete_path (commandline -ct)
+    end
+end
+complete -c offload-moe -f -a '(__offload_moe_complete)'
 """
 SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 LOADED = "New shells complete the words of offload-moe."
@@ -39,8 +46,15 @@ HINTS = {
 
 
 def candidates(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
-    """What may stand in place of the last of the words; none where the shell may offer files."""
+    """What may stand in place of the last of the words; none where the shell may offer files.
+
+    A value behind `--flag=` is one word with its flag (zsh, fish), or a word of its own behind a word `=` (bash).
+    """
     *before, begun = words or [""]
+    flag, equals, value = begun.partition("=")
+    if equals and flag.startswith("--"):
+        return [f"{flag}={found}" for found in candidates(parser, [*before, flag, value])]
+    before, begun = [word for word in before if word != "="], begun.removeprefix("=")
     if not before:
         return _beginning(begun, _flags(parser) if begun.startswith("-") else _commands(parser))
     command = _commands(parser).get(before[0])
@@ -107,10 +121,10 @@ def _values(action: argparse.Action) -> Iterable[str]:
     if action.choices is not None:
         return map(str, action.choices)
     if action.dest == "policy":
-        return POLICIES
+        return policies()
     if action.metavar in ("MODEL", "STORE"):
         return _models()
-    return SETTINGS if action.dest == "name" else ()
+    return SETTINGS if action.dest == "setting" else ()
 
 
 def _models() -> Iterator[str]:

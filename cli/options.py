@@ -3,7 +3,8 @@
 import argparse
 from typing import Any, TypeAlias
 
-from offload_moe.system.names import choice
+from offload_moe.system.extensions import with_extensions
+from offload_moe.system.names import no_such
 from offload_moe.system.settings import read_settings
 from offload_moe.system.sizes import parse_size, parse_tokens
 
@@ -49,7 +50,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="memory for this many tokens (default: as many as fit, at most 8192)",
     )
     group.add_argument(
-        "--policy", type=policy_name, metavar="NAME", help=f"which experts to keep, one of {', '.join(POLICIES)}"
+        "--policy",
+        type=policy_name,
+        metavar="NAME",
+        help=f"which experts to keep, one of {', '.join(POLICIES)}, or an extension's",
     )
     group.add_argument(
         "--hybrid",
@@ -100,7 +104,14 @@ def add_link_flag(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -
 
 def policy_name(text: str) -> str:
     """A policy's name. `profile --replay` accepts more names, which loading refuses. Raises: ConfigError."""
-    return choice("policy", text, REPLAYS if text in REPLAYS else POLICIES)
+    if text not in REPLAYS and text not in policies():
+        raise no_such("policy", text, policies())
+    return text
+
+
+def policies() -> tuple[str, ...]:
+    """The names of all policies, those of extensions included, which takes a look at every installed package."""
+    return with_extensions("policy", POLICIES)
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:

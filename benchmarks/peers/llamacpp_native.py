@@ -64,7 +64,7 @@ def print_error(level: int, text: bytes, _: object) -> None:
 
 
 class NativeEngine:
-    """A GGUF file in a context of one sequence."""
+    """A GGUF file in a context of one sequence, or of so many as there are slots."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         import llama_cpp
@@ -89,7 +89,7 @@ class NativeEngine:
 
     def _context_params(self, options: argparse.Namespace) -> Any:
         params = self._lib.llama_context_default_params()
-        params.n_ctx = options.context
+        params.n_ctx, params.n_seq_max = options.context * options.slots, options.slots
         params.n_batch, params.n_ubatch = BATCH, options.ubatch
         params.n_threads = params.n_threads_batch = options.threads
         params.flash_attn_type = FLASH_ATTENTION[options.flash_attention]
@@ -129,8 +129,34 @@ class NativeEngine:
             "decode_disk_bytes": io_bytes()["from_disk"] - read,
         }
 
+    def slots(self, *, prompts: list[list[int]], num_tokens: int) -> dict[str, float]:
+        """Answers of several sequences at once, a token of each per pass; measured behind the first of each."""
+        lib = self._lib
+        lib.llama_memory_clear(lib.llama_get_memory(self._context), False)
+        samplers = [self._sampler_of(seed) for seed in range(len(prompts))]
+        batch = lib.llama_batch_init(max(map(len, prompts)), 0, 1)
+        tokens = []
+        for slot, prompt in enumerate(prompts):
+            _fill(batch, [(token, at, slot) for at, token in enumerate(prompt)])
+            self._decode(batch)
+            tokens.append(lib.llama_sampler_sample(samplers[slot], self._context, len(prompt) - 1))
+        began_cpu_s, began = time.process_time(), time.perf_counter()
+        for step in range(num_tokens - 1):
+            _fill(batch, [(tokens[slot], len(prompt) + step, slot) for slot, prompt in enumerate(prompts)])
+            self._decode(batch)
+            tokens = [lib.llama_sampler_sample(sampler, self._context, row) for row, sampler in enumerate(samplers)]
+        elapsed_s, cpu_s = time.perf_counter() - began, time.process_time() - began_cpu_s
+        lib.llama_batch_free(batch)
+        for sampler in samplers:
+            lib.llama_sampler_free(sampler)
+        num_decoded = len(prompts) * (num_tokens - 1)
+        return {"decode_tokens_per_s": num_decoded / elapsed_s, "decode_cpu_ms": 1e3 * cpu_s / num_decoded}
+
     def _compute(self, tokens: Any, count: int) -> None:
-        status = self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(tokens, count))
+        self._decode(self._lib.llama_batch_get_one(tokens, count))
+
+    def _decode(self, batch: Any) -> None:
+        status = self._lib.llama_decode(self._context, batch)
         if status:
             raise SystemExit(f"llama_decode returned {status}")
 
@@ -138,13 +164,25 @@ class NativeEngine:
         self._token.value = self._lib.llama_sampler_sample(self._sampler, self._context, -1)
 
     def _make_sampler(self, seed: int) -> None:
-        lib = self._lib
         if self._sampler is not None:
-            lib.llama_sampler_free(self._sampler)
-        self._sampler = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-        lib.llama_sampler_chain_add(self._sampler, lib.llama_sampler_init_temp(HOT_SAMPLING["temperature"]))
-        lib.llama_sampler_chain_add(self._sampler, lib.llama_sampler_init_dist(seed))
+            self._lib.llama_sampler_free(self._sampler)
+        self._sampler = self._sampler_of(seed)
+
+    def _sampler_of(self, seed: int) -> Any:
+        lib = self._lib
+        sampler = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        lib.llama_sampler_chain_add(sampler, lib.llama_sampler_init_temp(HOT_SAMPLING["temperature"]))
+        lib.llama_sampler_chain_add(sampler, lib.llama_sampler_init_dist(seed))
+        return sampler
 
     def _use_cores(self, num_threads: int) -> None:
         os.sched_setaffinity(0, sorted(self._cores)[:num_threads])
         self._lib.llama_set_n_threads(self._context, self._threads, num_threads)
+
+
+def _fill(batch: Any, rows: list[tuple[int, int, int]]) -> None:
+    """rows: token, position and slot of each. Logits are given behind all of them."""
+    batch.n_tokens = len(rows)
+    for row, (token, position, slot) in enumerate(rows):
+        batch.token[row], batch.pos[row], batch.logits[row] = token, position, 1
+        batch.n_seq_id[row], batch.seq_id[row][0] = 1, slot

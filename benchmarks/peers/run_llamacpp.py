@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--mapped", action="store_true", help="the file stays mapped, and so is not repacked")
     parser.add_argument("--no-repack", action="store_true", help="weights in the order of the file")
     parser.add_argument("--huge-pages", action="store_true")
+    parser.add_argument("--slots", type=int, default=1, help="sequences that a context has, of a native build")
     parser.add_argument("--live", action="store_true")
     parser.add_argument("--describe", action="store_true")
     options = parser.parse_args()

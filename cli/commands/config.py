@@ -22,21 +22,22 @@ def add_parser(subparsers: Subparsers) -> None:
         "the file of settings. A flag wins over the variable OFFLOAD_MOE_NAME, and that over the file. Exits with 1 if "
         "NAME has no value.",
     )
-    parser.add_argument("name", metavar="NAME", nargs="?", help=f"one of {', '.join(SETTINGS)}")
+    parser.add_argument("setting", metavar="NAME", nargs="?", help=f"one of {', '.join(SETTINGS)}")
     parser.add_argument("value", metavar="VALUE", nargs="?", help="the new default")
     parser.add_argument("--unset", action="store_true", help="remove the default from the file")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.unset and (options.name is None or options.value is not None):
+    if options.unset and (options.setting is None or options.value is not None):
         options.usage_error("--unset goes with a NAME alone")
     if options.value is not None or options.unset:
-        print(f"Wrote {write_setting(options.name, options.value)}.", file=sys.stderr)
+        path = write_setting(options.setting, options.value)
+        print(f"Wrote {path}." if path else f"{options.setting} is not in the file of settings.", file=sys.stderr)
         return EXIT_FOUND
     chosen = read_settings()
-    if options.name is not None:
-        found = chosen[choice("setting", options.name, SETTINGS)]
+    if options.setting is not None:
+        found = chosen[choice("setting", options.setting, SETTINGS)]
         if found.text:
             print(safe(found.text))
         return EXIT_FOUND if found.text else EXIT_UNSET

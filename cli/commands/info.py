@@ -9,7 +9,7 @@ from offload_moe.system.names import check_installed
 from offload_moe.system.paths import user_path
 from offload_moe.system.sizes import format_size
 
-from ..installed import entry_to_json, origin_text, state_text
+from ..installed import entry_to_json, origin_text, state_text, vllm_command
 from ..options import Subparsers
 from ..terminal import safe
 
@@ -24,8 +24,9 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "info",
         help="show the contents of a store",
-        description="Show the contents of a store: source and revision, codecs, layers, sizes, checksums. Reads only "
-        "the manifest; `offload-moe verify` reads everything.",
+        description="Show the contents of a store: source and revision, codecs, layers, sizes, checksums; for a source "
+        "on the hub, the command that serves the same revision with vLLM. Reads only the manifest; `verify` reads "
+        "everything.",
     )
     parser.add_argument(
         "store", metavar="STORE", help="store, by path or by its name in `offload-moe list`, or a GGUF file"
@@ -44,10 +45,11 @@ def run(options: argparse.Namespace) -> int:
     entry = find(ensure_view(path, options.store) if is_gguf(path) else options.store)
     details = _details(entry) if entry.kind == "store" else {}
     if options.json:
-        print(json.dumps(entry_to_json(entry) | details, indent=2))
+        print(json.dumps(entry_to_json(entry) | {"vllm": vllm_command(entry)} | details, indent=2))
         return 0
     lines = [("name", entry.name), ("path", str(entry.path)), ("what", state_text(entry))]
     lines += [("source", origin_text(entry)), ("size", format_size(entry.num_bytes)), *_lines(entry, details)]
+    lines += [("with vLLM", _for_vllm(entry, details))]
     lines += [("problem", " ".join((entry.problem or "").split()))]
     lines += [("next", resume_advice(entry.path) if entry.kind == "conversion" else "")]
     for name, value in lines:
@@ -93,6 +95,11 @@ def _importances(found: dict[str, str] | None) -> str:
     return (
         f"the importance matrix {found['name']}" if found["kind"] == "imatrix" else f"calibration text: {found['name']}"
     )
+
+
+def _for_vllm(entry: "Installed", details: dict[str, Any]) -> str:
+    command = vllm_command(entry) or ""
+    return f"{command} (without the adapter)" if command and details.get("adapter") else command
 
 
 def _lines(entry: "Installed", details: dict[str, Any]) -> list[tuple[str, str]]:

@@ -23,8 +23,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "contract only: its experts are compared, but transformers has no text-generating model around them. "
         "refused: loading it is an error with the reason. "
         "FAST PATH: the part of a decode step that native kernels compute with the family's usual settings: all of it "
-        "(yes), attention and norms (attention), or the experts only (no). Loading decides for a layer that is not "
-        "declared.",
+        "(yes), or the experts only (no). Loading decides for layers that are not declared.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 

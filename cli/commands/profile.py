@@ -119,10 +119,10 @@ def _replays(trace: "Trace", options: argparse.Namespace, progress: Progress) ->
     """Replay one policy after the other, so that progress can be shown."""
     from offload_moe.profile.belady import Belady
     from offload_moe.profile.replay import replay_report
-    from offload_moe.residency.policy import POLICY_NAMES
+    from offload_moe.residency.policy import policy_names
 
     chosen = options.policy or ALL
-    policies = (*POLICY_NAMES, Belady.name) if chosen == ALL else (chosen,)
+    policies = (*policy_names(), Belady.name) if chosen == ALL else (chosen,)
     document: dict[str, Any] = {}
     for number, policy in enumerate(policies):
         progress("Replaying", number / len(policies))

@@ -20,8 +20,8 @@ def add_parser(subparsers: Subparsers) -> None:
         description="Delete a store, a demo build or an unfinished conversion. A folder with other files in it is "
         "refused, and links are not followed.",
     )
-    parser.add_argument("name", metavar="NAME", help="store, by its name in `offload-moe list` or by path")
-    parser.add_argument("--yes", action="store_true", help="delete without a confirmation; NAME must be complete")
+    parser.add_argument("name", metavar="STORE", help="a name in `offload-moe list`, or a path")
+    parser.add_argument("--yes", action="store_true", help="delete without a confirmation; STORE must be complete")
 
 
 def run(options: argparse.Namespace) -> int:

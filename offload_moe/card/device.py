@@ -12,7 +12,10 @@ from offload_moe.native.session import Session
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardDevice:
-    """num_processors: multiprocessors of the card. num_cards: of the machine; the first is used."""
+    """The card that the pass runs on.
+
+    num_processors: multiprocessors of the card. num_cards: of the machine; the first is used.
+    """
 
     session: Session
     compiler: Compiler

@@ -1,4 +1,4 @@
-"""The list of changes that the host wants in the tables of a pass."""
+"""The list of changes that the host makes in the tables of a pass."""
 
 import ctypes
 from functools import cache

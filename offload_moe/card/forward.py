@@ -72,7 +72,7 @@ class CardForward(Seam):
 
 
 class _Thread(threading.local):
-    """Of each thread: what its call wants."""
+    """Of each thread: what its call takes from a pass."""
 
     wanted: Wanted | None = None
 

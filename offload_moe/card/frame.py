@@ -27,8 +27,9 @@ class Added:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
-    """rows: that kernels are compiled for. hidden: numbers of a row. state: the address of `om_card_state`.
+    """What the kernels of every layer share.
 
+    rows: that kernels are compiled for. hidden: numbers of a row. state: the address of `om_card_state`.
     tables: `om_card_tables`. notice, host_normed, host_pairs: addresses of shared memory. num_layers: of the decoder.
     """
 

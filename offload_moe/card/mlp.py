@@ -28,7 +28,7 @@ class Mlp:
     """
 
     def __init__(self, layer: nn.Module, spec: MLPSpec) -> None:
-        """Raises: DevicePassUnavailable."""
+        """Of the layer's MLP. Raises: DevicePassUnavailable where a part has no kernel."""
         activation, self._gate, self._up, self._down = _parts(layer, spec)
         linears = self._gate, self._up, self._down
         self.is_plain = self._gate.codec in VALUES

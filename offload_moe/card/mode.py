@@ -14,7 +14,10 @@ WEIGHT, TRIAL_WEIGHT = 0.3, 0.7  # of the last pass in a mean
 
 
 class ModeChoice:
-    """mode: "auto" measures, and decides at the end of each trial: the first passes behind a prompt are slower."""
+    """Queued or stepwise passes.
+
+    mode: "auto" measures, and decides at the end of each trial: the first passes behind a prompt are slower.
+    """
 
     def __init__(self, mode: Mode = "auto") -> None:
         self.mode: Mode = mode

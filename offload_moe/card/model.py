@@ -22,7 +22,7 @@ from offload_moe.native.planes import DTYPES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderLayer:
-    """module: of transformers. bound: its experts; None for a dense MLP."""
+    """One layer. module: of transformers. bound: its experts; None for a dense MLP."""
 
     module: Any
     spec: LayerSpec
@@ -31,7 +31,7 @@ class DecoderLayer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderParts:
-    """A decoder whose layers the device pass knows.
+    """A decoder whose layers the device pass takes.
 
     table: of the embedding, ``[V, H]``. final_norm: weight and epsilon. head: the output head, whose products are the
     model's logits; None where they are not, or it has no kernel, for this reason.

@@ -107,7 +107,7 @@ class CardPass:
     ) -> Tensor:
         """The rows' hidden states behind the last norm, fp32 ``[T, H]`` on the device, valid until the next pass.
 
-        wanted: more that it gives, where it has the output head.
+        `wanted`: more that it gives, where it has the output head.
 
         Raises: TransferError, ModelClosed, BudgetError.
         """

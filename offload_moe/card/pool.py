@@ -1,7 +1,7 @@
 """The slots of the device while passes of the card decide what is in them.
 
 Between a prompt and the next the pool is lent: the card takes slots for what it misses, and the host's residency
-follows by the log of each pass. Anything else that wants a slot recalls it first.
+follows by the log of each pass. Anything else that needs a slot recalls it first.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ FIRST_STAMP = 1  # of what the host brought: older than anything that a pass has
 
 
 class CardPool:
-    """The device's tables, and what the host knows of them.
+    """The device's tables, and what of them has reached the host.
 
     slot_of, key_of: as published. tables: `om_card_tables`.
     """

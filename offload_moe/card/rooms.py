@@ -27,7 +27,7 @@ class Angles:
     """Tables of the rotary embedding: cos and signed sin ``[positions, D]``."""
 
     def __init__(self, parts: DecoderParts, num_positions: int, device: torch.device) -> None:
-        """Raises: Uncovered where the embedding is of other dims than the layers rotate."""
+        """Of the first positions. Raises: Uncovered where the embedding is of other dims than the layers rotate."""
         rotated = {layer.spec.attention.rotated_dims for layer in parts.layers if layer.spec.attention.rotary != "none"}
         self.num_positions = num_positions
         self.cos = self.signed_sin = torch.zeros(1, 1, device=device)
@@ -146,7 +146,7 @@ class Rooms:
         )
 
     def has_place(self, caches: Sequence[Any], positions: Sequence[int]) -> bool:
-        """Whether the rows are in the rooms that the card knows, at their places: nothing has to be prepared."""
+        """Whether the rows are in the rooms that the card has, at their places: nothing has to be prepared."""
         if [id(cache) for cache in caches] != self._rows[: len(caches)]:
             return False
         firsts = dict(zip(reversed(self._rows[: len(caches)]), reversed(positions), strict=True))

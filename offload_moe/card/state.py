@@ -1,4 +1,4 @@
-"""What the card's state holds, as far as the host knows, and the edits that make it what the next pass needs."""
+"""The host's copy of the card's state, and the edits that make it what the next pass needs."""
 
 import struct
 from collections.abc import Sequence

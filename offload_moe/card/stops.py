@@ -1,4 +1,4 @@
-"""What the host does where a pass cannot go on by itself."""
+"""What the host does where a pass cannot go on without it."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +17,7 @@ MISSING_STOP, HIT = constant("OM_STOP_MISSING"), constant("OM_CARD_HIT")
 
 
 class Stops:
-    """count: of all passes."""
+    """Brings the experts that stopped a pass. count: of the stops of all passes."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Stops:
         return is_stepwise
 
     def bring_to_ram(self, at: int, num_rows: int) -> Iterator[None]:
-        """Bring the missing experts of a stepwise layer to RAM, in waves; each stays until the next one is wanted."""
+        """Bring the missing experts of a stepwise layer to RAM, in waves; each stays until the next one is needed."""
         missing = self._missing(self._tables.read_notice(), at, num_rows)
         with self._hierarchy.ram.acquire(self._account.ordinals[at], missing) as lease:
             for _ in lease:

@@ -33,7 +33,7 @@ class CardTables:
         allocate: Allocate,
         experts: Sequence[Experts | None],
     ) -> None:
-        """Raises: BudgetError."""
+        """On the device. Raises: BudgetError where they do not fit."""
         self.experts = experts
         self._num_layers = len(parts.layers)
         self.state = allocate(ctypes.sizeof(struct("state")))

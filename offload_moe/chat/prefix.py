@@ -100,10 +100,7 @@ class PrefixCache:
     @property
     def num_bytes(self) -> int:
         """Of the tensors in the cache, without a snapshot's."""
-        layers = self._cache.layers if self._cache is not None else []
-        names = {"keys", "values"}
-        values = [getattr(layer, name, None) for layer in layers for name in names | vars(layer).keys()]
-        return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+        return 0 if self._cache is None else sum(map(_num_bytes, self._cache.layers))
 
     def park(self) -> None:
         """Move the cache to RAM."""
@@ -280,3 +277,10 @@ def _crop_layer(layer: CacheLayerMixin, length: int) -> None:
     if isinstance(layer, DynamicLayer) and (excess := layer.get_seq_length() - length) > 0:
         # A negative number removes that many tokens; a positive one meant something else in older versions.
         layer.crop(-excess)
+
+
+def _num_bytes(layer: Any) -> int:
+    """Keys and values, which may be properties, and states, which lie in dictionaries."""
+    values = [getattr(layer, name, None) for name in {"keys", "values"} | vars(layer).keys()]
+    tensors = [each for value in values for each in (value.values() if isinstance(value, dict) else (value,))]
+    return sum(each.nbytes for each in tensors if isinstance(each, torch.Tensor))

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from offload_moe.families import ADAPTERS, Adapter
-from offload_moe.families.layer_classes import LAYERS, FastPath
+from offload_moe.families.declared import declared_class
+from offload_moe.families.layer_classes import FastPath
 
 Verified = Literal["whole model", "contract only", "refused"]
 
@@ -74,7 +75,8 @@ def _family(
         verified="refused" if name in REFUSED else verified,
         special=tuple(_special(name, source, " ".join(arguments for arguments, _ in decorated), adapter, types)),
         fast_path=next(
-            (LAYERS[kind].fast_path for kind in LAYER_CLASS.findall(source) if kind in LAYERS), "not declared"
+            (found.fast_path for kind in LAYER_CLASS.findall(source) if (found := declared_class(kind)) is not None),
+            "not declared",
         ),
     )
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from offload_moe.checkpoint.overlooked import overlooked_experts
 from offload_moe.errors import UnsupportedModelError
-from offload_moe.families import Adapter, Part, find_adapter
+from offload_moe.families import ADAPTERS, Adapter, Part, find_adapter
 from offload_moe.quant.layout import GATED, ExpertShape, Matrix
 
 
@@ -67,7 +67,8 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
             found.append(_decorated(name, module))
         elif (adapter := find_adapter(module)) is not None:
             found.append(_adapted(name, module, adapter))
-    if unbound := overlooked_experts(model, [layer.name for layer in found]):
+    adapters = [*ADAPTERS, *(layer.adapter for layer in found if layer.adapter is not None)]
+    if unbound := overlooked_experts(model, [layer.name for layer in found], adapters):
         more = f" and {len(unbound) - 1} more" if len(unbound) > 1 else ""
         kind = type(model.get_submodule(unbound[0])).__name__
         raise UnsupportedModelError(

@@ -20,6 +20,16 @@ PROJECTIONS = frozenset(
         "eh_proj",
     }
 )
+# Of gated delta rules; other modules have linears of these names that they read as matrices.
+DELTA_PROJECTIONS = frozenset(
+    f"linear_attn.{name}" for name in ("in_proj_qkvz", "in_proj_qkv", "in_proj_z", "out_proj")
+)
+
+
+def is_projection(name: str) -> bool:
+    """By the name of a module."""
+    *_, parent, own = f".{name}".split(".")
+    return own in PROJECTIONS or f"{parent}.{own}" in DELTA_PROJECTIONS
 
 
 def projection_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -28,5 +38,5 @@ def projection_linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and name.rpartition(".")[2] in PROJECTIONS and f"{name}.weight" not in tied
+        if type(module) is nn.Linear and is_projection(name) and f"{name}.weight" not in tied
     }

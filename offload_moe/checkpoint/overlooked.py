@@ -4,15 +4,18 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from offload_moe.families import is_left_alone
+from offload_moe.families import ADAPTERS, Adapter, is_left_alone
 from offload_moe.families.routers import ROUTER_NAMES
 
 ROUTER_CLASSES = ("router", "topk", "gating")
 
 
-def overlooked_experts(model: nn.Module, bound: Sequence[str]) -> list[str]:
-    """Names of the outermost modules that look like routed experts and are not among, in or around the bound ones."""
-    alone = [name for name, module in model.named_modules() if is_left_alone(module)]
+def overlooked_experts(model: nn.Module, bound: Sequence[str], adapters: Sequence[Adapter] = ADAPTERS) -> list[str]:
+    """Names of the outermost modules that look like routed experts and are not among, in or around the bound ones.
+
+    adapters: those whose classes are left alone where they say so.
+    """
+    alone = [name for name, module in model.named_modules() if is_left_alone(module, adapters)]
     found: list[str] = []
     for name, module in model.named_modules():
         if _is_inside(name, (*bound, *alone, *found)) or any(_is_inside(inner, (name,)) for inner in bound):

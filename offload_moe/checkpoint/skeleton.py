@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from offload_moe.checkpoint.extended import register_model
 from offload_moe.checkpoint.json_file import read_json
 from offload_moe.errors import CheckpointError, UnsupportedModelError
 from offload_moe.system.paths import CONFIG_NAME
@@ -31,14 +33,15 @@ def load_config(folder: Path) -> "PreTrainedConfig":
 
     Raises:
         CheckpointError: not a model folder, or its `config.json` is not usable.
-        UnsupportedModelError: the model type needs code that transformers does not have.
+        UnsupportedModelError: the model type needs code that neither transformers nor an extension has.
+        ConfigError: an extension has it and is broken.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     raw = read_config_json(folder)
-    model_type = raw.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    model_type = raw["model_type"]
+    if model_type not in CONFIG_MAPPING and not register_model(model_type):
         if (config := _config_by_architecture(folder, raw)) is not None:
             return config
         if "auto_map" in raw:
@@ -46,7 +49,10 @@ def load_config(folder: Path) -> "PreTrainedConfig":
                 f"{folder}: model type {model_type!r} is not in transformers and its config needs remote code "
                 "(auto_map, trust_remote_code=True). Code from a checkpoint is never run."
             )
-        raise UnsupportedModelError(f"{folder}: model type {model_type!r} is not in this version of transformers.")
+        raise UnsupportedModelError(
+            f"{folder}: model type {model_type!r} is neither in this version of transformers nor registered by an "
+            "installed package."
+        )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a config class may raise anything for foreign values
@@ -97,11 +103,29 @@ def build_skeleton(config: "PreTrainedConfig") -> "PreTrainedModel":
             model = model_class.from_config(config, trust_remote_code=False)
     except Exception as error:  # a model class may raise anything for unexpected values
         raise UnsupportedModelError(f"transformers cannot build this {config.model_type} model: {error}") from error
+    _name_decoders(model)
     _rotate_far(model)
     stranded = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if stranded:
         raise UnsupportedModelError(f"{type(model).__name__}: buffer {stranded[0]} was left without a value.")
     return model.eval()
+
+
+def _name_decoders(model: nn.Module) -> None:
+    """Let `get_decoder` find Llama 4's decoder, which it otherwise takes the whole model for.
+
+    The name is an attribute beside the submodules, so that names of tensors stay as they are.
+    """
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        inner = getattr(module, "model", None)
+        if (
+            isinstance(module, PreTrainedModel)
+            and isinstance(inner, PreTrainedModel)
+            and module.get_decoder() is module
+        ):
+            vars(module)["decoder"] = inner
 
 
 def skeleton_in(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":

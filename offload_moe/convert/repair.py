@@ -1,7 +1,6 @@
 """Finding damaged pieces of a store, and making them again from its checkpoint."""
 
 import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.source import looks_like_hub_id, metadata_files, resolve_source
 from offload_moe.convert.jobs import plan_conversion
 from offload_moe.errors import ConfigError, StoreError
+from offload_moe.native.kernels import crc32
 from offload_moe.quant import get_codec
 from offload_moe.store import Piece, Store, durable
 from offload_moe.store.manifest_json import read_manifest
@@ -103,7 +103,7 @@ def repair(
             place = damage.piece.place
             payload = payloads.get((damage.piece.path, place.offset, place.num_bytes))
             data = b"" if payload is None else payload()
-            if len(data) == place.num_bytes and zlib.crc32(data) == place.checksum:
+            if len(data) == place.num_bytes and crc32(data) == place.checksum:
                 _write(damage.piece, data)
             else:
                 remaining.append(damage)

@@ -15,6 +15,7 @@ from offload_moe.experts.attach import BoundExperts
 from offload_moe.experts.native import NativeArithmetic
 from offload_moe.families.layer_reference import tensor_at
 from offload_moe.families.layer_spec import LayerSpec, RouterSpec
+from offload_moe.families.limits import router_limits
 from offload_moe.native import kernels
 
 
@@ -55,7 +56,7 @@ class PlainBlock:
 
 def plain_block(layer: nn.Module, spec: LayerSpec) -> PlainBlock | None:
     """The parts of a layer's block; None where it is a dense MLP, or has a part that no kernel computes."""
-    if spec.router is None:
+    if spec.router is None or router_limits(spec.router):
         return None
     experts, router = layer.get_submodule(spec.experts), layer.get_submodule(spec.router.path)
     forward = vars(router).get("forward")

@@ -77,9 +77,15 @@ class InRoom:
         keys, values = self._room
         return [(keys[:, :, first:], values[:, :, first:], last - first) for first, last in seen]
 
-    def places(self, num_tokens: int = 1) -> list[int]:
-        """`extend` for native calls: the fields of `rooms_array`."""
+    def places(self, num_tokens: int = 1, chunk: int | None = None) -> list[int]:
+        """`extend` for native calls: the fields of `rooms_array`.
+
+        chunk: positions are cut into chunks of so many, and a token sees its own alone.
+        """
         seen = self._advance(num_tokens)
+        if chunk is not None:
+            begin: int = self.get_seq_length() - num_tokens  # type: ignore[attr-defined]
+            seen = [(max(first, last - (begin + at) % chunk), last) for at, (first, last) in enumerate(seen)]
         keys, values, apart, key_bytes, value_bytes = self._addresses
         fields: list[int] = []
         for first, last in seen:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import LinearAttentionLayer
 
+from offload_moe.decode.hooks import Bypass
 from offload_moe.decode.probe import Refused, agree, answer, structure
 from offload_moe.errors import ConfigError
 from offload_moe.native.kernels import DeltaKernel, Projected
@@ -19,6 +20,9 @@ from offload_moe.native.kernels import DeltaKernel, Projected
 NUM_PROMPT, NUM_STEPS = 5, 2  # tokens of a check
 TOLERANCE = 1e-4  # relative: states are sums over all earlier tokens
 SILU = ("silu", "swish")
+SIZES = ("hidden_size", "conv_kernel_size", "num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim")
+PARTS = ("A_log", "dt_bias", "conv1d", "norm", "out_proj", "activation", "layer_idx", *SIZES)
+PROJECTIONS = (("in_proj_qkvz", "in_proj_ba"), ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"))
 
 
 class DeltaForward:
@@ -27,7 +31,7 @@ class DeltaForward:
     def __init__(self, module: Any) -> None:
         """Keep the module's own forward for what the kernel does not take.
 
-        Raises: ConfigError, AttributeError for a module that is no layer of gated delta rules.
+        Raises: ConfigError where the kernel does not take its sizes, its activation or its dtype.
         """
         self._module, self._forward = module, module.forward
         self._project = _projection_of(module)
@@ -46,6 +50,7 @@ class DeltaForward:
             epsilon=module.norm.variance_epsilon,
         )
         self._num_out = module.num_v_heads * module.head_v_dim
+        self._bypass = Bypass([module.conv1d, module.norm], ())
 
     def __call__(self, hidden_states: Tensor, cache_params: Any = None, *args: Any, **kwargs: Any) -> Any:
         states = self._states(hidden_states, cache_params)
@@ -60,7 +65,7 @@ class DeltaForward:
         if cache is None or x.shape[:2] != (1, 1) or x.dtype != torch.float32 or not x.is_cpu or x.requires_grad:
             return None
         index = self._module.layer_idx
-        if cache.is_recording_past(index):
+        if cache.is_recording_past(index) or not self._bypass.is_clear:
             return None
         inputs = cache.get_conv_state(index, state_idx=0)
         state = cache.get_recurrent_state(index, state_idx=0)
@@ -83,9 +88,7 @@ def _is_in_place(state: Tensor | None) -> bool:
 def fuse_delta_rules(model: nn.Module) -> int:
     """Give every layer of gated delta rules whose numbers agree the native step. Returns how many were recognized."""
     agrees: dict[Hashable, bool] = {}
-    modules: list[Any] = [
-        module for module in model.modules() if hasattr(module, "A_log") and hasattr(module, "conv1d")
-    ]
+    modules: list[Any] = [module for module in model.modules() if _is_candidate(module)]
     num_fused = 0
     for module in modules:
         kind = structure(module)
@@ -95,6 +98,16 @@ def fuse_delta_rules(model: nn.Module) -> int:
             module.forward = DeltaForward(module)
             num_fused += 1
     return num_fused
+
+
+def _is_candidate(module: Any) -> bool:
+    """Whether it has the parts of a layer of gated delta rules; what they compute is checked later."""
+    return (
+        all(hasattr(module, name) for name in PARTS)
+        and any(all(hasattr(module, name) for name in names) for names in PROJECTIONS)
+        and hasattr(module.norm, "weight")
+        and hasattr(module.norm, "variance_epsilon")
+    )
 
 
 def _projection_of(module: Any) -> Callable[[Tensor], Projected]:
@@ -113,7 +126,7 @@ def _agrees(module: Any) -> bool:
     """Whether some steps behind a prompt give the module's own results and states."""
     try:
         fused = DeltaForward(module)
-    except (ConfigError, AttributeError):
+    except ConfigError:
         return False
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(NUM_PROMPT + NUM_STEPS, module.hidden_size, generator=generator)

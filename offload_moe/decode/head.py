@@ -23,7 +23,7 @@ def gives_products(hf: Any, head: nn.Module, wiring: Wiring) -> bool:
     """Whether the model is its decoder and its head, and its logits are what the head gives for the decoder's hidden
     state, by a rehearsal with stand-ins for both."""
     decoder, given = hf.get_decoder(), []
-    if hf.base_model is not decoder:
+    if decoder not in (hf.base_model, vars(hf).get("decoder")):
         return False
     hidden = torch.linspace(-1, 1, decoder.config.hidden_size, dtype=hf.dtype, device=hf.device)[None, None]
     logits = torch.linspace(-90, 90, 64, dtype=hf.dtype, device=hf.device)[None, None]

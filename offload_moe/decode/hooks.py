@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -25,6 +26,45 @@ def are_watched(registries: Iterable[Hooks]) -> bool:
     return any(not _is_idle(hook) for hooks in registries if hooks for hook in hooks.values())
 
 
+class Forwards:
+    """The attributes `forward` of some modules, as they are now."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+        self._attributes = [vars(module) for module in modules]
+        self._found = self._read()
+
+    @property
+    def are_kept(self) -> bool:
+        """Whether none was replaced since."""
+        now = self._read()
+        if now == self._found:
+            return True
+        if any(map(_differ, self._modules, now, self._found)):
+            return False
+        self._found = now
+        return True
+
+    def replaced(self) -> Iterator[nn.Module]:
+        """Modules with another forward than at first."""
+        for module, now, found in zip(self._modules, self._read(), self._found, strict=True):
+            if _differ(module, now, found):
+                yield module
+
+    def _read(self) -> list[Any]:
+        return list(map(dict.get, self._attributes, repeat("forward")))
+
+
+def _differ(module: nn.Module, first: Any, second: Any) -> bool:
+    """Whether two values of a module's attribute `forward` are different forwards.
+
+    Code that sets one and puts the former back, as accelerate does, leaves the bound method of the class in an
+    attribute that was not there before.
+    """
+    own = (None, MethodType(type(module).forward, module))
+    return first is not second and not (first in own and second in own)
+
+
 class Bypass:
     """Modules that a token pass does not call, because it does their work itself.
 
@@ -36,8 +76,7 @@ class Bypass:
         """modules: as they are now. observed: those of their registries whose observers the pass calls."""
         self._modules = modules
         self._observed = {id(hooks) for hooks in observed}
-        self._attributes = [vars(module) for module in modules]
-        self._forwards = self._forwards_now()
+        self._forwards = Forwards(modules)
         self._last_hook = -1  # of all hooks, the last one that is known to be none of these modules
 
     @property
@@ -48,13 +87,12 @@ class Bypass:
             if any(self._has_hooks(module) for module in self._modules) or are_watched(hooks_of(())):
                 return False
             self._last_hook = last_hook
-        return self._forwards_now() == self._forwards
+        return self._forwards.are_kept
 
     def changed_modules(self) -> Iterator[nn.Module]:
         """Those that keep it from being clear; none where a hook of all modules does."""
-        for module, attributes, forward in zip(self._modules, self._attributes, self._forwards, strict=True):
-            if attributes.get("forward") is not forward or self._has_hooks(module):
-                yield module
+        replaced = set(self._forwards.replaced())
+        yield from (module for module in self._modules if module in replaced or self._has_hooks(module))
 
     def _has_hooks(self, module: nn.Module) -> bool:
         return any(
@@ -62,9 +100,6 @@ class Bypass:
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
             for hook in hooks.values()
         )
-
-    def _forwards_now(self) -> list[Any]:
-        return list(map(dict.get, self._attributes, repeat("forward")))
 
 
 def is_capturing() -> bool:

@@ -25,11 +25,11 @@ from offload_moe.decode.hooks import Hooks
 from offload_moe.decode.latent_step import LatentStep, latent_step
 from offload_moe.decode.mlp import FusedMLP
 from offload_moe.decode.norm import norm_kernel
-from offload_moe.decode.probe import Refused, Uncovered, agree, answer, probes
+from offload_moe.decode.probe import NUM_CACHED, Refused, Uncovered, agree, answer, probes
 from offload_moe.decode.rotary import Embeddings, Rotary, RotaryTable
 from offload_moe.decode.router import room_for_routed
-from offload_moe.decode.shorten import NUM_CACHED, STEP_TOLERANCE
-from offload_moe.decode.step import AttentionStep, attention_step, rotation_of
+from offload_moe.decode.shorten import STEP_TOLERANCE
+from offload_moe.decode.step import AttentionStep, attention_step
 from offload_moe.decode.wiring import Wiring
 from offload_moe.experts.attach import BoundExperts
 from offload_moe.families.layer_spec import AttentionSpec, LayerSpec, NormSpec
@@ -201,11 +201,9 @@ def _attention(layer: nn.Module, spec: AttentionSpec, cache_dtype: torch.dtype) 
         return latent_step(layer, spec, cache_dtype)
     module: Any = layer.get_submodule(spec.path)
     short = _forward(module)
-    if isinstance(short, DecodeAttention) and short.step is not None and spec.rotary == "halves":
+    if isinstance(short, DecodeAttention) and short.step is not None and spec.rotary == "halves" and spec.chunk is None:
         return short.step
-    names = [norm.path.rpartition(".")[2] if norm is not None else "" for norm in (spec.query_norm, spec.key_norm)]
-    rotated_dims = 0 if spec.rotary == "none" else spec.rotated_dims
-    return attention_step(module, rotated_dims, cache_dtype, norms=(names[0], names[1]), rotation=rotation_of(spec))
+    return attention_step(module, 0 if spec.rotary == "none" else spec.rotated_dims, cache_dtype, spec)
 
 
 def _block_path(spec: LayerSpec) -> str:

@@ -13,9 +13,9 @@ from offload_moe.decode.dense import KERNEL_DTYPES, QuantLinear
 from offload_moe.decode.probe import Refused, agree, answer, probes, structure
 from offload_moe.experts.activation import Activation, recognize_activation
 from offload_moe.experts.contract import ExpertsContract
+from offload_moe.families.read_layer import GATED
 from offload_moe.native import kernels
 
-NAMES = ("gate_proj", "up_proj", "down_proj")
 TOLERANCE = 1e-2  # an activation that is rounded otherwise may be quantized otherwise
 
 
@@ -26,7 +26,7 @@ class FusedMLP(nn.Module):
         """The records are shared with the linears."""
         super().__init__()
         self.hidden_size = gate.in_features
-        for name, linear in zip(NAMES, (gate, up, down), strict=True):
+        for name, linear in zip(GATED, (gate, up, down), strict=True):
             self.register_buffer(name.replace("proj", "record"), linear.record, persistent=False)
         self.projections = gate.as_projection(), up.as_projection(), down.as_projection()
         self.activation = activation.name
@@ -62,19 +62,24 @@ def fuse_mlps(model: nn.Module) -> int:
 
 
 def _is_candidate(module: Any) -> bool:
-    linears: list[Any] = [getattr(module, name, None) for name in NAMES]
+    linears: list[Any] = [getattr(module, name, None) for name in GATED]
     return (
         all(isinstance(linear, QuantLinear) and linear.has_kernel and linear.bias is None for linear in linears)
-        and callable(getattr(module, "act_fn", None))
+        and callable(_activation_of(module))
         and kernels.shares_inputs((linears[0].codec.name, linears[1].codec.name))
         and len({linear.in_panels for linear in linears}) == 1
     )
 
 
+def _activation_of(module: Any) -> Any:
+    """None where it has none under a usual name."""
+    return getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
+
+
 @torch.inference_mode()
 def _recognized_activation(module: Any) -> Activation | None:
     """The activation with which the fused form gives the module's results."""
-    activation = recognize_activation(cast(ExpertsContract, _Gated(module.act_fn)), is_interleaved=False)
+    activation = recognize_activation(cast(ExpertsContract, _Gated(_activation_of(module))), is_interleaved=False)
     if activation is None:
         return None
     fused = FusedMLP(module.gate_proj, module.up_proj, module.down_proj, activation)

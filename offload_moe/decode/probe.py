@@ -6,17 +6,20 @@ decide. Where exactness is asked for, the results must be the same bits.
 
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+NUM_CACHED = 5  # tokens in the cache of a probe
 SCALES = (1e-2, 1.0, 30.0)  # small enough that an epsilon counts, large enough to reach a clamp
 
 # What a module raises on a probe that it is not made for. Then it is of another kind, and loading goes on without it.
 REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
 PACKAGE = Path(__file__).parents[1]
+TORCH = Path(torch.__file__).parent
 PLACES = frozenset({"layer_idx", "layer_index", "layer_id"})  # where a module is, not what it does
 
 
@@ -37,7 +40,8 @@ def answer(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     Raises:
         Refused: the module does not take it.
-        Exception: as it is where our own code raised it, in this forward or in a part that we replaced.
+        Exception: as it is where our own code raised it, or torch in a call of ours: in this forward, or in a part that
+            we replaced.
     """
     try:
         return forward(*args, **kwargs)
@@ -48,12 +52,10 @@ def answer(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether the innermost line that raised it is in this package."""
+    """Whether the innermost line that raised it is in this package; torch's own lines, which it calls, do not count."""
     assert error.__traceback__ is not None
-    traceback = error.__traceback__.tb_next
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return traceback is not None and PACKAGE in Path(traceback.tb_frame.f_code.co_filename).parents
+    frames = (Path(frame.f_code.co_filename).parents for frame, _ in walk_tb(error.__traceback__.tb_next))
+    return PACKAGE in ([parents for parents in frames if TORCH not in parents] or [()])[-1]
 
 
 def structure(module: nn.Module) -> Hashable:

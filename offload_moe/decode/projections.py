@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from offload_moe.decode.dense import QuantLinear
-from offload_moe.decode.hooks import are_watched, hooks_of
+from offload_moe.decode.hooks import Forwards, are_watched, hooks_of
 from offload_moe.native import kernels
 
 NAMES = ("q_proj", "k_proj", "v_proj")
@@ -36,9 +36,9 @@ class JointProjections:
     """One call for three records. For one sequence the results lie in one buffer: query, key, value."""
 
     def __init__(self, linears: list[QuantLinear], watched: SeparateProjections) -> None:
-        """watched: takes the calls while a linear has a hook."""
+        """watched: takes the calls while a linear has a hook or another forward."""
         self._linears = linears
-        self._hooks, self._watched = hooks_of(linears), watched
+        self._hooks, self._forwards, self._watched = hooks_of(linears), Forwards(linears), watched
         self._records = [linear.record for linear in linears]
         self._sizes = [linear.out_features for linear in linears]
         self._has_bias = any(linear.bias is not None for linear in linears)
@@ -50,7 +50,7 @@ class JointProjections:
         )
 
     def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if are_watched(self._hooks):
+        if are_watched(self._hooks) or not self._forwards.are_kept:
             return self._watched(hidden_states)
         rows = hidden_states[:, 0].contiguous()
         if rows.shape[0] == 1:

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from offload_moe.decode.attention import DecodeAttention
 from offload_moe.decode.cache import give_room
 from offload_moe.decode.cache_attention import CacheAttention
-from offload_moe.decode.probe import Refused, Uncovered, agree, answer, probes, structure
+from offload_moe.decode.probe import NUM_CACHED, Refused, Uncovered, agree, answer, probes, structure
 from offload_moe.decode.projections import NAMES
 from offload_moe.decode.rotary import StepRotary
 from offload_moe.decode.step import AttentionStep, attention_step
@@ -19,7 +19,6 @@ from offload_moe.decode.step import AttentionStep, attention_step
 CHILDREN = frozenset({*NAMES, "o_proj", "q_norm", "k_norm"})
 PARAMETERS = frozenset({"sinks"})
 ATTRIBUTES = ("head_dim", "scaling", "layer_idx", "config")
-NUM_CACHED = 5
 STEP_TOLERANCE = 1e-2  # of a kernel call: a last bit before int8 activations may round one of them the other way
 
 PositionEmbeddings = tuple[Tensor, Tensor]

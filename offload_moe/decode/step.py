@@ -13,12 +13,12 @@ from transformers import DynamicCache
 
 from offload_moe.decode.cache import ROOMY, RoomySlidingLayer, begin, give_room
 from offload_moe.decode.dense import QuantLinear
-from offload_moe.decode.hooks import are_watched, hooks_of
+from offload_moe.decode.hooks import Forwards, are_watched, hooks_of
 from offload_moe.decode.norm import FusedRMSNorm
 from offload_moe.decode.probe import Uncovered, probes
 from offload_moe.decode.projections import NAMES
 from offload_moe.errors import ConfigError
-from offload_moe.families.layer_spec import AttentionSpec
+from offload_moe.families.layer_spec import AttentionSpec, NormSpec
 from offload_moe.native import kernels
 
 
@@ -26,10 +26,17 @@ class CachedStep:
     """What a decode step of attention reads and writes in one layer of a cache."""
 
     def __init__(
-        self, layer: int, cache_shapes: tuple[tuple[int, int], tuple[int, int]], cache_dtype: torch.dtype
+        self,
+        layer: int,
+        cache_shapes: tuple[tuple[int, int], tuple[int, int]],
+        cache_dtype: torch.dtype,
+        chunk: int | None = None,
     ) -> None:
-        """cache_shapes: heads and dims of keys and of values, or of what the cache holds in their place."""
-        self._layer = layer
+        """cache_shapes: heads and dims of keys and of values, or of what the cache holds in their place.
+
+        chunk: as of `AttentionSpec`.
+        """
+        self._layer, self._chunk = layer, chunk
         self.cache_shapes = cache_shapes
         self.cache_dtype = cache_dtype
 
@@ -45,11 +52,13 @@ class CachedStep:
         if self._layer >= len(layers):
             return False
         layer = layers[self._layer]
+        if type(layer) is RoomySlidingLayer and self._chunk is not None:
+            window = self._chunk
         return type(layer) in ROOMY and layer.takes(num_tokens, self.cache_dtype, window)
 
     def places(self, cache: Any, num_tokens: int = 1) -> list[int]:
         """Of each token the fields of `rooms_array`: the cache counts what the kernel will write."""
-        fields: list[int] = cache.layers[self._layer].places(num_tokens)
+        fields: list[int] = cache.layers[self._layer].places(num_tokens, self._chunk)
         return fields
 
     def begin(self, cache: Any) -> None:
@@ -78,20 +87,22 @@ class CachedStep:
 class AttentionStep(CachedStep):
     """One token of one sequence in fp32, without a mask and over the whole cache: the usual decode step."""
 
-    def __init__(self, attention: Any, kernel: kernels.AttentionKernel) -> None:
+    def __init__(self, attention: Any, kernel: kernels.AttentionKernel, chunk: int | None = None) -> None:
         num_heads = attention.k_proj.out_features // attention.head_dim
-        super().__init__(attention.layer_idx, ((num_heads, attention.head_dim),) * 2, kernel.cache_dtype)
+        super().__init__(attention.layer_idx, ((num_heads, attention.head_dim),) * 2, kernel.cache_dtype, chunk)
         self.kernel = kernel
         self._hooks = hooks_of(attention.modules())
+        self._parts = Forwards([module for module in attention.modules() if module is not attention])
 
     def fits(self, hidden_states: Tensor, cache: Any) -> bool:
-        """Whether this call is such a step, and no hook takes something from the module's parts."""
+        """Whether this call is such a step, and its parts have no hook and no other forward."""
         return (
             hidden_states.shape[:2] == (1, 1)
             and hidden_states.dtype == torch.float32
             and hidden_states.is_cpu
             and self.can_extend(cache)
             and not are_watched(self._hooks)
+            and self._parts.are_kept
         )
 
     def __call__(self, hidden_states: Tensor, cos: Tensor, signed_sin: Tensor, cache: Any) -> Tensor:
@@ -102,22 +113,15 @@ class AttentionStep(CachedStep):
 
 
 def attention_step(
-    attention: Any,
-    rotated_dims: int,
-    cache_dtype: torch.dtype,
-    *,
-    norms: tuple[str, str] = ("q_norm", "k_norm"),
-    rotation: str = "halves",
+    attention: Any, rotated_dims: int, cache_dtype: torch.dtype, spec: AttentionSpec | None = None
 ) -> AttentionStep:
-    """The step of this module. cache_dtype: of keys and values.
-
-    norms: names of its children that norm queries and keys, if it has them.
+    """The step of this module. cache_dtype: of keys and values. spec: None has the usual parts under their usual names.
 
     Raises: Uncovered where a part is not one that the kernel takes.
     """
     modules: list[Any] = [getattr(attention, name) for name in (*NAMES, "o_proj")]
     linears = [quantized_linear(module) for module in modules]
-    head_norms = [_head_norm(getattr(attention, name, None)) for name in norms]
+    scale = None if spec is None else spec.query_scale
     sinks = getattr(attention, "sinks", None)
     if len({module.in_panels for module in modules}) > 1 or not is_fp32(sinks):
         raise Uncovered("attention whose parts are computed in several ways")
@@ -127,14 +131,16 @@ def attention_step(
             head_dim=attention.head_dim,
             rotated_dims=rotated_dims,
             scaling=attention.scaling,
-            norms=head_norms,
+            norms=_head_norms(attention, spec),
             sinks=sinks,
-            rotation=rotation,
+            rotation="halves" if spec is None else rotation_of(spec),
+            is_normed_rotated=spec is not None and spec.is_normed_rotated,
+            query_scale=None if scale is None else (scale.step, scale.strength),
             cache_dtype=cache_dtype,
         )
     except ConfigError as error:  # such as heads that are no multiple of a vector
         raise Uncovered(f"attention of sizes without a kernel ({str(error).rstrip(chr(46))})") from error
-    return AttentionStep(attention, kernel)
+    return AttentionStep(attention, kernel, None if spec is None else spec.chunk)
 
 
 def rotation_of(spec: AttentionSpec) -> str:
@@ -151,6 +157,21 @@ def quantized_linear(module: Any) -> kernels.Linear:
     if not is_fp32(module.bias):
         raise Uncovered("attention whose biases are in another dtype")
     return module.as_projection()
+
+
+def _head_norms(attention: Any, spec: AttentionSpec | None) -> list[kernels.HeadNorm | None]:
+    """Of queries and of keys."""
+    if spec is None:
+        return [_head_norm(getattr(attention, name, None)) for name in ("q_norm", "k_norm")]
+    return [_declared_norm(attention, norm) for norm in (spec.query_norm, spec.key_norm)]
+
+
+def _declared_norm(attention: Any, spec: NormSpec | None) -> kernels.HeadNorm | None:
+    if spec is None:
+        return None
+    if not spec.has_weight:
+        return kernels.HeadNorm(weight=torch.ones(attention.head_dim), epsilon=spec.epsilon)
+    return _head_norm(getattr(attention, spec.path.rpartition(".")[2]))
 
 
 def _head_norm(module: nn.Module | None) -> kernels.HeadNorm | None:

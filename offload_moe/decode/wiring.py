@@ -18,13 +18,12 @@ from transformers import DynamicCache
 
 from offload_moe.decode.dense import NarrowEmbedding
 from offload_moe.decode.norm import norm_kernel
-from offload_moe.decode.probe import Refused, Uncovered, answer
+from offload_moe.decode.probe import NUM_CACHED, Refused, Uncovered, answer
 from offload_moe.decode.rotary import Embeddings, RotaryTable, block_of
 from offload_moe.decode.rotation import rotates_by_length
 from offload_moe.families.read_layer import embedding_scale
 from offload_moe.native import kernels
 
-NUM_CACHED = 5
 TOKEN = 1
 FAR = 37  # a position that no cache of the rehearsal has
 

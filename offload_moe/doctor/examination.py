@@ -12,6 +12,7 @@ from offload_moe.doctor.device import (
     find_device,
 )
 from offload_moe.doctor.device_kernels import check_device_kernels
+from offload_moe.doctor.extensions import check_extensions
 from offload_moe.doctor.fast_path import check_fast_path
 from offload_moe.doctor.settings import check_settings
 from offload_moe.errors import OffloadMoeError
@@ -50,6 +51,7 @@ def guarded(name: str, work: Work) -> list[Check]:
 def _asked(store: Store | None) -> Iterator[tuple[str, Work]]:
     yield "program", versions.check_program
     yield "packages", versions.check_packages
+    yield "extensions", check_extensions
     yield "config", check_settings
     yield "system", machine.check_system
     yield "processor", machine.check_processor

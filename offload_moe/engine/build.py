@@ -80,7 +80,7 @@ def pools_of(
     policy: str = DEFAULT_POLICY,
     has_mtp: bool = False,
 ) -> Pools:
-    """Slots for the experts of a store. slot_bytes: of the largest record; a policy is one of `POLICY_NAMES`.
+    """Slots for the experts of a store. slot_bytes: of the largest record; a policy is one of `policy_names()`.
 
     has_mtp: also for those for multi-token prediction.
     """

@@ -35,7 +35,7 @@ class LoadOptions:
     "bf16" keeps them as they are everywhere.
     vram, ram: sizes such as ``"10GiB"``, or bytes, that the process may use; None takes 90% of what is free.
     context: tokens of prompt and answer that memory is reserved for; None takes what fits, 8,192 at most.
-    policy: which experts stay resident, one of `offload_moe.residency.policy.POLICY_NAMES`.
+    policy: which experts stay resident, one of `offload_moe.residency.policy.policy_names()`.
     device: None takes the accelerator when there is one. dtype: "fp32", "bf16" or "fp16"; None takes bf16 on a device
     that has it, fp16 on an older one, fp32 on the CPU.
     exact: CPU kernels keep activations in full precision, slower. A bf16 store gives eager's bits with it, and in fp32.

@@ -171,4 +171,5 @@ def attach(layers: Sequence[ExpertsModule], bound: Sequence[BoundExperts]) -> No
             layer.contract.config._experts_implementation = "eager"  # generate() switches between the other ones
             layer.module.forward = experts
         else:
-            layer.module.forward = AdaptedForward(experts, layer.adapter.forward(layer.module, experts))
+            forward = layer.adapter.forward(layer.module, experts)
+            layer.module.forward = experts if forward is experts else AdaptedForward(experts, forward)

@@ -12,7 +12,7 @@ from offload_moe.families.layer_spec import GroupScore, NormSpan, Scoring
 
 Setting = str | bool | float | None
 FastPath = Literal["yes", "no"]
-Rotates = Literal["always", "local layers", "local layers, or all where there is no window"]
+Rotates = Literal["always", "local layers", "local layers, or all where there is no window", "where use_rope says so"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +29,7 @@ class RouterClass:
     group_score: GroupScore = "best two"
     scale: Setting = 1.0
     jitter: Setting = 0.0
+    scales_inputs: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,9 @@ class AttentionClass:
     """The attention of a declared layer class. norms: children that norm queries and keys, where an instance has them.
     keeps_pairs: see `AttentionSpec`.
 
-    window: None or a number. is_local: whether it counts for this layer.
+    window: None or a number. is_local: whether it counts for this layer. chunk: None or a number, which counts for
+    layers of the type "chunked_attention". query_scale: step and strength, where scales_queries says so and the layer
+    does not rotate.
     """
 
     is_latent: bool = False
@@ -47,6 +50,9 @@ class AttentionClass:
     is_normed_rotated: bool = False
     window: Setting = None
     is_local: Setting = True
+    chunk: Setting = None
+    scales_queries: Setting = False
+    query_scale: tuple[Setting, Setting] = (1.0, 0.0)
     rotates: Rotates = "always"
     sinks: str = ""
     clip: Setting = None
@@ -174,6 +180,22 @@ LAYERS: Mapping[str, LayerClass] = {
         router=replace(OF_CHOSEN, weight="wg.weight"),
         attention=AttentionClass(norm_span="head", norms=("query_layernorm", "key_layernorm"), is_normed_rotated=True),
         shared="shared_mlp",
+    ),
+    "Llama4TextDecoderLayer": LayerClass(
+        router=RouterClass(path="router", scoring="sigmoid", is_normalized=False, scales_inputs=True),
+        attention=AttentionClass(
+            is_interleaved=True,
+            keeps_pairs=True,
+            norm_span="head",
+            norms=("qk_norm", "qk_norm"),
+            is_normed_rotated=True,
+            chunk="config.attention_chunk_size",
+            scales_queries="attn_temperature_tuning",
+            query_scale=("floor_scale", "attn_scale"),
+            rotates="where use_rope says so",
+        ),
+        block="feed_forward",
+        shared="shared_expert",
         fast_path="no",
     ),
     "MiniMaxM2DecoderLayer": LayerClass(router=CORRECTED, attention=NORMED_ROWS),

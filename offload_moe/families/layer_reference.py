@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
-from offload_moe.families.layer_spec import AttentionSpec, LatentSpec, LayerSpec, MLPSpec, NormSpec, RouterSpec
+from offload_moe.families.layer_spec import (
+    AttentionSpec,
+    LatentSpec,
+    LayerSpec,
+    MLPSpec,
+    NormSpec,
+    QueryScale,
+    RouterSpec,
+)
 
 
 def layer_output(layer: nn.Module, spec: LayerSpec, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -28,9 +36,23 @@ def mlp_output(layer: nn.Module, spec: LayerSpec, x: Tensor) -> Tensor:
         return _mlp(layer, spec.dense, x)
     rows = x.flatten(0, 1)
     weights, ids = route(layer, spec.router, rows)
-    out: Tensor = layer.get_submodule(spec.experts)(rows, ids, weights)
-    out = out.view(x.shape)
+    experts = _sorted_experts if spec.router.scales_inputs else _experts
+    out = experts(layer, spec, rows, ids, weights).view(x.shape)
     return out if spec.shared is None else out + _mlp(layer, spec.shared, x)
+
+
+def _experts(layer: nn.Module, spec: LayerSpec, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    out: Tensor = layer.get_submodule(spec.experts)(rows, ids, weights)
+    return out
+
+
+def _sorted_experts(layer: nn.Module, spec: LayerSpec, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Experts whose inputs are scaled are given rows of all of them, one expert's after the other's."""
+    assert spec.router is not None
+    num_experts = len(tensor_at(layer, spec.router.weight))
+    scales = torch.zeros(num_experts, len(rows)).scatter_(0, ids.T, weights.T)
+    out: Tensor = layer.get_submodule(spec.experts)((scales[..., None] * rows).flatten(0, 1))
+    return out.view(num_experts, *rows.shape).sum(0)
 
 
 def route(layer: nn.Module, spec: RouterSpec, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +97,7 @@ def attention_output(layer: nn.Module, spec: AttentionSpec, x: Tensor, cos: Tens
     heads = _latent_heads if spec.latent is not None else _grouped_heads
     query, key, value = heads(layer, spec, x, cos, sin)
     scores = query @ key.transpose(2, 3) * spec.scaling
-    scores = scores.masked_fill(~_is_seen(x.shape[1], spec.sliding_window), -torch.inf)
+    scores = scores.masked_fill(~_is_seen(x.shape[1], spec.sliding_window, spec.chunk), -torch.inf)
     if spec.sinks:
         sinks = tensor_at(layer, spec.sinks).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, sinks), -1)
@@ -86,9 +108,12 @@ def attention_output(layer: nn.Module, spec: AttentionSpec, x: Tensor, cos: Tens
     return _linear(layer, f"{spec.path}.o_proj", out, has_bias=spec.has_output_bias)
 
 
-def _is_seen(num_tokens: int, window: int | None) -> Tensor:
+def _is_seen(num_tokens: int, window: int | None, chunk: int | None) -> Tensor:
     """``[T, T]``: which keys each query sees."""
     seen = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
+    if chunk is not None:
+        chunks = torch.arange(num_tokens) // chunk
+        seen &= chunks[:, None] == chunks
     return seen if window is None else seen.triu(1 - window)
 
 
@@ -110,8 +135,16 @@ def _grouped_heads(
     query, key = _rotate(query, spec, cos, sin), _rotate(key, spec, cos, sin)
     if is_normed and spec.is_normed_rotated:
         query, key = _norm(layer, spec.query_norm, query), _norm(layer, spec.key_norm, key)
+    if spec.query_scale is not None:
+        query = query * _query_scales(spec.query_scale, x.shape[1])[:, None]
     num_shared = spec.num_heads // key.shape[1]
     return query, key.repeat_interleave(num_shared, 1), value.repeat_interleave(num_shared, 1)
+
+
+def _query_scales(scale: QueryScale, num_tokens: int) -> Tensor:
+    """``[T]``."""
+    steps = torch.floor((torch.arange(num_tokens) + 1.0) / scale.step)
+    return 1 + scale.strength * torch.log1p(steps)
 
 
 def _latent_heads(
@@ -157,6 +190,8 @@ def _rotate(x: Tensor, spec: AttentionSpec, cos: Tensor, sin: Tensor) -> Tensor:
 def _norm(layer: nn.Module, spec: NormSpec | None, x: Tensor) -> Tensor:
     if spec is None:
         return x
+    if not spec.has_weight:
+        return x * (x.square().mean(-1, keepdim=True) + spec.epsilon).rsqrt()
     weight = tensor_at(layer, f"{spec.path}.weight")
     if spec.is_centered:
         return functional.layer_norm(x, weight.shape, weight, tensor_at(layer, f"{spec.path}.bias"), spec.epsilon)

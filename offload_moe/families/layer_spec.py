@@ -14,11 +14,15 @@ Rotary = Literal["halves", "pairs", "none"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormSpec:
-    """``x / rms(x) * weight``; is_centered: a layer norm, whose mean is removed and which has a bias."""
+    """``x / rms(x) * weight``; is_centered: a layer norm, whose mean is removed and which has a bias.
+
+    has_weight: False is ``x / rms(x)``.
+    """
 
     path: str
     epsilon: float
     is_centered: bool = False
+    has_weight: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +34,7 @@ class RouterSpec:
     chosen.
     is_normalized: weights are divided by their sum; a softmax of the chosen logits is a normalized softmax of all.
     scale: weights are multiplied by it afterwards. jitter: sparsemixer's, see its paper (arXiv:2409.12136).
+    scales_inputs: weights multiply what the experts are given, not what they give.
     """
 
     path: str
@@ -44,6 +49,7 @@ class RouterSpec:
     group_score: GroupScore = "best two"
     scale: float = 1.0
     jitter: float = 0.0
+    scales_inputs: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -63,14 +69,26 @@ class LatentSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QueryScale:
+    """Queries are multiplied by ``1 + strength * log(1 + floor((position + 1) / step))``.
+
+    Source: "Scalable-Softmax Is Superior for Attention" (arXiv:2501.19399), as Llama 4 has it.
+    """
+
+    step: float
+    strength: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec:
     """Softmax attention. latent: None for grouped queries.
 
     head_dim: of a query and a key. rotated_dims: the first ones of a head, of latent attention the last ones.
     norm_span: what the norms of queries and keys extend over; is_normed_rotated: they come after the rotation.
-    sliding_window: None sees all. sinks: a logit per head that takes a share and gives nothing. clip: queries, keys and
-    values are clamped. keeps_pairs: dims that turn as pairs stay pairs; otherwise they are halves from then on. gate:
-    a projection whose sigmoid the heads' outputs are multiplied by.
+    sliding_window: None sees all. chunk: positions are cut into chunks of so many, and a token sees its own alone.
+    query_scale: None leaves queries as they are. sinks: a logit per head that takes a share and gives nothing. clip:
+    queries, keys and values are clamped. keeps_pairs: dims that turn as pairs stay pairs; otherwise they are halves
+    from then on. gate: a projection whose sigmoid the heads' outputs are multiplied by.
     """
 
     path: str
@@ -88,6 +106,8 @@ class AttentionSpec:
     has_bias: bool = False
     has_output_bias: bool = False
     sliding_window: int | None = None
+    chunk: int | None = None
+    query_scale: QueryScale | None = None
     sinks: str = ""
     clip: float | None = None
     gate: str = ""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from offload_moe.families.layer_spec import AttentionSpec, LayerSpec
+from offload_moe.families.layer_spec import AttentionSpec, LayerSpec, RouterSpec
 
 
 def attention_limits(spec: AttentionSpec) -> list[str]:
@@ -12,9 +12,15 @@ def attention_limits(spec: AttentionSpec) -> list[str]:
     reasons = {
         "an output gate": bool(spec.gate),
         "clamped queries, keys and values": spec.clip is not None,
-        "norms of queries and keys after the rotation": spec.is_normed_rotated and spec.norm_span != "none",
+        "queries scaled by their position and chunks": spec.query_scale is not None and spec.chunk is not None,
     }
     return _phrase("attention", reasons)
+
+
+def router_limits(spec: RouterSpec) -> list[str]:
+    """Limits of the kernel call for one router."""
+    reasons = {"weights that scale the experts' inputs": spec.scales_inputs}
+    return _phrase("a router", reasons)
 
 
 def order_limits(spec: LayerSpec) -> list[str]:
@@ -37,14 +43,21 @@ def _phrase(part: str, reasons: Mapping[str, bool]) -> list[str]:
 
 def layer_limits(spec: LayerSpec) -> list[str]:
     """All limits. Without any, one native thread takes a token through such layers, if their sizes allow it."""
-    return [*attention_limits(spec.attention), *order_limits(spec)]
+    router = [] if spec.router is None else router_limits(spec.router)
+    return [*attention_limits(spec.attention), *order_limits(spec), *router]
 
 
 def card_limits(spec: LayerSpec) -> list[str]:
-    """Limits of the device pass: those of the CPU, and what only the CPU has kernels for."""
-    norms = (spec.before_attention, spec.before_mlp)
+    """All limits of the device pass."""
+    attention = spec.attention
     reasons = {
+        "norms of queries and keys after the rotation": attention.is_normed_rotated and attention.norm_span != "none",
+        "chunks": attention.chunk is not None,
+        "queries scaled by their position": attention.query_scale is not None,
+    }
+    norms = (spec.before_attention, spec.before_mlp)
+    others = {
         "layer norms": any(norm is not None and norm.is_centered for norm in norms),
         "a sparse mixer": spec.router is not None and spec.router.scoring == "sparsemixer",
     }
-    return [*layer_limits(spec), *(reason for reason, is_so in reasons.items() if is_so)]
+    return [*layer_limits(spec), *_phrase("attention", reasons), *(each for each, is_so in others.items() if is_so)]

@@ -86,10 +86,11 @@ class Description:
 class Adapter:
     """How one experts class outside transformers' registry is bound.
 
-    family, class_name: transformers' folder and class. describe: what the module holds, parameters may be on `meta`.
-    forward: what replaces the module's forward once its parameters are gone. left_alone: classes of the same family
-    that look like experts and stay dense. special: a remark for users. top_k: experts per token, where no config has
-    it.
+    family, class_name: transformers' folder, or another part of the path of its module, and the class. describe: what
+    the module holds, parameters may be on `meta`. forward: what replaces the module's forward once its parameters are
+    gone; `bound` itself where the arguments are the same, so that layers may take the fast path. left_alone: classes of
+    the same family that look like experts and stay dense. special: a remark for users. top_k: experts per token, where
+    no config has it.
     """
 
     family: str
@@ -101,5 +102,8 @@ class Adapter:
     top_k: int | None = None
 
     def fits(self, module: nn.Module) -> bool:
-        kind = type(module)
-        return kind.__name__ == self.class_name and f".models.{self.family}." in kind.__module__
+        return type(module).__name__ == self.class_name and self.is_of_family(module)
+
+    def is_of_family(self, module: nn.Module) -> bool:
+        """Whether a part of the path of the module's class is the family."""
+        return f".{self.family}." in f".{type(module).__module__}."

@@ -4,10 +4,21 @@ from typing import Any
 
 from torch import nn
 
-from offload_moe.families.layer_classes import LAYERS, AttentionClass, LayerClass, RouterClass, Setting
-from offload_moe.families.layer_spec import AttentionSpec, LatentSpec, LayerSpec, MLPSpec, NormSpec, Rotary, RouterSpec
+from offload_moe.families.declared import declared_class, guard_of
+from offload_moe.families.layer_classes import AttentionClass, LayerClass, RouterClass, Setting
+from offload_moe.families.layer_spec import (
+    AttentionSpec,
+    LatentSpec,
+    LayerSpec,
+    MLPSpec,
+    NormSpec,
+    QueryScale,
+    Rotary,
+    RouterSpec,
+)
 
 EXPERTS = "experts"
+CHUNKED = "chunked_attention"  # of transformers' layer types
 ATTENTION = "self_attn"
 GATED = ("gate_proj", "up_proj", "down_proj")
 FUSED = ("input_linear", "input_linear", "output_linear")  # gate rows above up rows
@@ -15,14 +26,22 @@ FUSED = ("input_linear", "input_linear", "output_linear")  # gate rows above up 
 
 def layer_spec(layer: nn.Module) -> LayerSpec | None:
     """What this layer computes; None where its class is not declared."""
-    declared = LAYERS.get(type(layer).__name__)
-    return None if declared is None else _read(layer, declared)
+    name = type(layer).__name__
+    declared = declared_class(name)
+    if declared is None:
+        return None
+    with guard_of(name):
+        return _read(layer, declared)
 
 
 def embedding_scale(decoder: Any) -> float:
     """What a decoder multiplies its embeddings by; 1 where its layers' class is not declared."""
-    declared = LAYERS.get(type(decoder.layers[0]).__name__)
-    return 1.0 if declared is None else _number(decoder, declared.embedding_scale)
+    name = type(decoder.layers[0]).__name__
+    declared = declared_class(name)
+    if declared is None:
+        return 1.0
+    with guard_of(name):
+        return _number(decoder, declared.embedding_scale)
 
 
 def _read(layer: Any, declared: LayerClass) -> LayerSpec:
@@ -63,6 +82,7 @@ def _router(block: Any, name: str, declared: RouterClass) -> RouterSpec:
         group_score=declared.group_score,
         scale=_number(router, declared.scale),
         jitter=_number(router, declared.jitter),
+        scales_inputs=declared.scales_inputs,
     )
 
 
@@ -74,9 +94,8 @@ def _is_greedy(router: Any) -> bool:
 def _attention(module: Any, declared: AttentionClass) -> AttentionSpec:
     is_local = bool(_setting(module, declared.is_local))
     window = _setting(module, declared.window, is_optional=True)
-    has_all = declared.rotates == "always" or (declared.rotates != "local layers" and window is None)
     kind: Rotary = "pairs" if _setting(module, declared.is_interleaved) else "halves"
-    rotary: Rotary = kind if has_all or is_local else "none"
+    rotary: Rotary = kind if _rotates(module, declared, window, is_local=is_local) else "none"
     norms = [_norm(module, name, ATTENTION) for name in declared.norms]
     latent = _latent(module) if declared.is_latent else None
     clip = _setting(module, declared.clip)
@@ -97,10 +116,36 @@ def _attention(module: Any, declared: AttentionClass) -> AttentionSpec:
         has_bias=query is not None and query.bias is not None,
         has_output_bias=module.o_proj.bias is not None,
         sliding_window=None if window is None or not is_local else int(window),
+        chunk=_chunk(module, declared),
+        query_scale=_query_scale(module, declared) if rotary == "none" else None,
         sinks=_join(ATTENTION, declared.sinks),
         clip=None if clip is None else float(clip),
         gate=_join(ATTENTION, declared.gate),
     )
+
+
+def _rotates(module: Any, declared: AttentionClass, window: Setting, *, is_local: bool) -> bool:
+    match declared.rotates:
+        case "always":
+            return True
+        case "local layers":
+            return is_local
+        case "where use_rope says so":
+            return bool(module.use_rope)
+    return is_local or window is None
+
+
+def _chunk(module: Any, declared: AttentionClass) -> int | None:
+    if declared.chunk is None or module.config.layer_types[module.layer_idx] != CHUNKED:
+        return None
+    return int(_number(module, declared.chunk))
+
+
+def _query_scale(module: Any, declared: AttentionClass) -> QueryScale | None:
+    if not _setting(module, declared.scales_queries):
+        return None
+    step, strength = (_number(module, each) for each in declared.query_scale)
+    return QueryScale(step=step, strength=strength)
 
 
 def _latent(module: Any) -> LatentSpec:
@@ -132,7 +177,8 @@ def _norm(module: Any, name: str, below: str = "") -> NormSpec | None:
         return None
     epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
     path = _join(below, name) if below else name
-    return NormSpec(path=path, epsilon=epsilon, is_centered=isinstance(norm, nn.LayerNorm))
+    is_centered = isinstance(norm, nn.LayerNorm)
+    return NormSpec(path=path, epsilon=epsilon, is_centered=is_centered, has_weight=hasattr(norm, "weight"))
 
 
 def _child(module: Any, path: str) -> Any:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload_moe.families.layer_classes import LAYERS
 from offload_moe.families.layer_reference import route
 from offload_moe.families.layer_spec import RouterSpec
 from offload_moe.families.read_layer import layer_spec
@@ -69,7 +68,7 @@ def declared_routers(model: nn.Module) -> dict[nn.Module, RouterSpec]:
     """The routers of all declared layers."""
     found = {}
     for layer in model.modules():
-        spec = layer_spec(layer) if type(layer).__name__ in LAYERS else None
+        spec = layer_spec(layer)
         if spec is not None and spec.router is not None:
             found[layer.get_submodule(spec.router.path)] = spec.router
     return found

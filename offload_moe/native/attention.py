@@ -88,11 +88,15 @@ class AttentionKernel:
         norms: Sequence[HeadNorm | None] = (None, None),
         sinks: Tensor | None = None,
         rotation: str = "halves",
+        is_normed_rotated: bool = False,
+        query_scale: tuple[float, float] | None = None,
         cache_dtype: torch.dtype = torch.float32,
     ) -> None:
         """Settings of one layer. linears: query, key, value, output. norms: of query and key. Other tensors: fp32.
 
-        rotated_dims: 0 rotates nothing. rotation: a key of `ROTATIONS`. cache_dtype: of keys and values, fp32 or bf16.
+        rotated_dims: 0 rotates nothing. rotation: a key of `ROTATIONS`. is_normed_rotated: the norms come after it.
+        query_scale: step and strength, as of `QueryScale`; rooms have all tokens then. cache_dtype: of keys and values,
+        fp32 or bf16.
 
         Raises: ConfigError when the kernel lacks these dims.
         """
@@ -119,6 +123,9 @@ class AttentionKernel:
             norm_lengths=(ctypes.c_int64 * 2)(*(head_dim if norm is None else len(norm.weight) for norm in norms)),
             epsilons=(ctypes.c_float * 2)(*(0.0 if norm is None else norm.epsilon for norm in norms)),
             scaling=scaling,
+            scale_step=0.0 if query_scale is None else query_scale[0],
+            scale_strength=0.0 if query_scale is None else query_scale[1],
+            is_normed_rotated=is_normed_rotated,
             rotation=ROTATIONS[rotation],
             cache_dtype=DTYPES[cache_dtype],
         )

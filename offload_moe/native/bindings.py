@@ -1,4 +1,7 @@
-"""Sets the native library up, which is called through ctypes; each call releases the GIL."""
+"""Sets the native library up, which is called through ctypes.
+
+Calls through `library` release the GIL; those of `load_for_short_calls`, which are shorter than that takes, keep it.
+"""
 
 import ctypes
 import os

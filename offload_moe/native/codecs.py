@@ -12,9 +12,9 @@ from offload_moe.native.feedback import Feedback, feed_back, feedback_of
 from offload_moe.quant import ABSMAX, LEAST_ERROR, Codec
 from offload_moe.quant.blockwise import BlockwiseCodec, pad_rows
 from offload_moe.quant.int8 import Int8Codec
-from offload_moe.quant.layout import Matrix
+from offload_moe.quant.layout import BLOCK, Matrix
 from offload_moe.quant.moments import NO_MOMENTS, Moments, column_weights
-from offload_moe.quant.nf4 import BLOCK, NESTED_BLOCK, Nf4Codec
+from offload_moe.quant.nf4 import NESTED_BLOCK, Nf4Codec
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -13,7 +13,7 @@ HIT, ARRIVING, MISSING, FETCHED = 0, 1, 2, 3  # how an expert was found
 NEEDS_EXPERTS, NEEDS_SLOTS = 1, 2  # what a layer of a token pass needs
 UNDER_WAY = -2  # in place of a layer: no layer needs anything yet
 GIVES_HIDDEN, GIVES_LOGITS, GIVES_TOKENS = 0, 1, 2  # what a pass of a card gives
-BLOCK = 64  # weights that share a scale
+DIM_STEP = 16  # dims, ranks and rotated dims are multiples of the widest vector
 MAX_TOP_K = 64  # of the layers of a span
 MAX_ROWS = 8  # tokens that a span takes at once
 MAX_SCORED = 1024  # experts of a router that scores all of them
@@ -46,7 +46,7 @@ CONSTANTS = {
     "OM_GIVES_HIDDEN": GIVES_HIDDEN,
     "OM_GIVES_LOGITS": GIVES_LOGITS,
     "OM_GIVES_TOKENS": GIVES_TOKENS,
-    "OM_BLOCK": BLOCK,
+    "OM_BLOCK": 64,  # `quant.layout.BLOCK`; an import would run before the library is looked for
     "OM_MAX_TOP_K": MAX_TOP_K,
     "OM_MAX_ROWS": MAX_ROWS,
     "OM_MAX_SCORED": MAX_SCORED,

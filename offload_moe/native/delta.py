@@ -11,10 +11,9 @@ from torch import Tensor
 
 from offload_moe.errors import ConfigError
 from offload_moe.native.bindings import library
-from offload_moe.native.constants import MAX_DELTA_DIM
+from offload_moe.native.constants import DIM_STEP, MAX_DELTA_DIM
 from offload_moe.native.structs import DeltaInputsStruct, DeltaStruct
 
-DIM_STEP = 16  # dims are multiples of the widest vector
 FLOAT = 4  # bytes
 
 

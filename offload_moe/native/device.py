@@ -17,7 +17,8 @@ from torch.nn import functional
 from offload_moe.quant import Codec, ExpertShape, Plane, get_codec
 from offload_moe.quant.blockwise import BlockwiseCodec, bias_of
 from offload_moe.quant.gguf import GgufCodec
-from offload_moe.quant.nf4 import BLOCK, dynamic_map
+from offload_moe.quant.layout import BLOCK
+from offload_moe.quant.nf4 import dynamic_map
 from offload_moe.quant.panels import from_panels
 
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from offload_moe.errors import ConfigError
 from offload_moe.native.bindings import library
-from offload_moe.native.constants import BLOCK
 from offload_moe.native.planes import DTYPES
-from offload_moe.quant.layout import round_up
+from offload_moe.quant.layout import BLOCK, round_up
 from offload_moe.quant.nf4 import NESTED_BLOCK
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from offload_moe.native.bindings import library
-from offload_moe.native.constants import BLOCK
-from offload_moe.quant.layout import round_up
+from offload_moe.quant.layout import BLOCK, round_up
 from offload_moe.quant.nf4 import block_absmax
 
 DAMPING = 0.01  # of the mean square, which is added to each: inputs that nearly depend on each other keep bounds

@@ -9,12 +9,10 @@ from torch import Tensor
 from offload_moe.errors import ConfigError
 from offload_moe.native.attention import HeadNorm, Linear, optional_address
 from offload_moe.native.bindings import library
-from offload_moe.native.constants import MAX_ROTATED, ROTATIONS
+from offload_moe.native.constants import DIM_STEP, MAX_ROTATED, ROTATIONS
 from offload_moe.native.planes import DTYPES, VALUES
 from offload_moe.native.rooms import Rooms, rooms_array
 from offload_moe.native.structs import LatentStruct, MatrixStruct
-
-DIM_STEP = 16  # ranks and rotated dims are multiples of the widest vector
 
 
 class LatentKernel:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from offload_moe.errors import ConfigError
-from offload_moe.native.constants import BF16_VALUES, BLOCK, CODECS, FP32_VALUES, GGUF_BLOCKS, GGUF_SUPERBLOCKS
+from offload_moe.native.constants import BF16_VALUES, CODECS, FP32_VALUES, GGUF_BLOCKS, GGUF_SUPERBLOCKS
 from offload_moe.native.structs import MatrixStruct
 from offload_moe.quant.blockwise import bias_of
 from offload_moe.quant.gguf import PREFIX, GgufPart, parse_gguf
-from offload_moe.quant.layout import ExpertShape, Matrix, RecordLayout, round_up
+from offload_moe.quant.layout import BLOCK, ExpertShape, Matrix, RecordLayout, round_up
 
 VALUES = ("bf16", "fp32")  # no codes
 DTYPES = {torch.float32: FP32_VALUES, torch.bfloat16: BF16_VALUES}

@@ -46,8 +46,8 @@ class AttentionStruct(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_heads", "num_kv_heads", "head_dim", "rotated_dims")),
         ("norm_lengths", ctypes.c_int64 * 2),
         ("epsilons", ctypes.c_float * 2),
-        ("scaling", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("rotation", "cache_dtype")),
+        *((name, ctypes.c_float) for name in ("scaling", "scale_step", "scale_strength")),
+        *((name, ctypes.c_int32) for name in ("is_normed_rotated", "rotation", "cache_dtype")),
     )
 
 

@@ -5,7 +5,6 @@ T tokens computed at once, C context tokens, H hidden, K top-k, I intermediate.
 
 import torch
 
-from offload_moe.checkpoint.linears import PROJECTIONS
 from offload_moe.convert.jobs import LOSSLESS
 from offload_moe.native.device import tile_rows
 from offload_moe.plan.budget import CPU_PROMPT_TOKENS, DEVICE_PROMPT_TOKENS
@@ -58,7 +57,8 @@ def activation_bytes(
     else:
         attention = max((work.elements(num_tokens, context, on_cpu=on_cpu) for work in works), default=0)
         attention += context * cached * (num_tokens > 1 and narrow != dtype)
-    dense = num_tokens * 3 * max((linear.out_features for linear in _matrices(shape, *FEED_FORWARD)), default=0)
+    widths = [matrix.out_features for name, matrix in _matrices(shape) if name in FEED_FORWARD]
+    dense = num_tokens * 3 * max(widths, default=0)
     intermediate = max(layer.expert.matrices[-1].in_features for layer in shape.layers)
     routed = num_tokens * ((shape.top_k + 1) * shape.hidden_size + 3 * intermediate)
     return (num_tokens * 4 * shape.hidden_size + max(attention, dense, routed)) * dtype.itemsize
@@ -70,8 +70,9 @@ def tile_bytes(shape: ModelShape, codec: str, dense_codec: str, dtype: torch.dty
     Native kernels on the CPU multiply records without decoding. On a device nf4 decodes a matrix for several tokens,
     which does not occur in the output head; other codecs decode a matrix through fp32, a large one by tiles of rows.
     """
-    names = PROJECTIONS - {HEAD} if dense_codec == "nf4" else PROJECTIONS
-    linears = [] if dense_codec == LOSSLESS else [(matrix,) for matrix in _matrices(shape, *names)]
+    is_whole = dense_codec == LOSSLESS
+    left_out = (HEAD,) if dense_codec == "nf4" else ()
+    linears = [] if is_whole else [(matrix,) for name, matrix in _matrices(shape) if name not in left_out]
     return max(
         *(_decoded_bytes(layer.expert.matrices, codec, dtype, has_device=has_device) for layer in shape.layers),
         *(_decoded_bytes(matrices, dense_codec, dtype, has_device=has_device) for matrices in linears),
@@ -91,10 +92,10 @@ def _decoded_bytes(matrices: tuple[Matrix, ...], codec: str, dtype: torch.dtype,
     return sum(tiles) * (torch.float32.itemsize + dtype.itemsize)
 
 
-def _matrices(shape: ModelShape, *names: str) -> list[Matrix]:
-    """The dense projections of these names."""
+def _matrices(shape: ModelShape) -> list[tuple[str, Matrix]]:
+    """The last name and the matrix of each dense projection."""
     return [
-        weight.linear.matrices[0]
+        (weight.name.removesuffix(".weight").rpartition(".")[2], weight.linear.matrices[0])
         for weight in shape.dense
-        if weight.linear is not None and weight.name.removesuffix(".weight").rpartition(".")[2] in names
+        if weight.linear is not None
     ]

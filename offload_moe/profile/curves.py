@@ -7,10 +7,11 @@ from offload_moe.profile.belady import Belady
 from offload_moe.profile.costs import Costs
 from offload_moe.profile.replay import Pool, parse_slots, replay
 from offload_moe.profile.trace import Trace
-from offload_moe.residency.policy import DEFAULT_POLICY, LRU, POLICY_NAMES
+from offload_moe.residency.policy import LRU, POLICY_NAMES
 from offload_moe.system.progress import Progress
 
-VARIANTS: tuple[tuple[str, Pool], ...] = (
+Variant = tuple[str, Pool]
+VARIANTS: tuple[Variant, ...] = (
     *((policy, "global") for policy in (*POLICY_NAMES, Belady.name)),
     (LRU.name, "layer"),  # the common choice elsewhere
 )
@@ -65,13 +66,18 @@ class Curves:
 
 
 def curves(trace: Trace, *, now: Now | None, slot_bytes: int | None, spent: Costs | None, progress: Progress) -> Curves:
-    """Every policy at every size, and at the recorded one."""
+    """Every built-in policy and the recorded one, at every size and at the recorded one.
+
+    Raises: ConfigError where the recorded policy is none, or of an extension that is not installed.
+    """
+    recorded: tuple[Variant, ...] = () if now is None else ((now.policy, "global"),)
+    compared = tuple(dict.fromkeys((*VARIANTS, *recorded)))
     head = trace.head(max(1, MOST_ACQUIRES // trace.num_layers))
     sizes = sorted({parse_slots(size, head) for size in SIZES} | ({now.num_slots} if now is not None else set()))
     points = []
     for number, num_slots in enumerate(sizes):
-        for place, (policy, pool) in enumerate(VARIANTS):
-            progress("Replaying policies", (number + place / len(VARIANTS)) / len(sizes))
+        for place, (policy, pool) in enumerate(compared):
+            progress("Replaying policies", (number + place / len(compared)) / len(sizes))
             if pool == "global" or num_slots >= head.num_layers:
                 points.append(_point(head, policy, num_slots, pool))
     return Curves(
@@ -84,6 +90,11 @@ def curves(trace: Trace, *, now: Now | None, slot_bytes: int | None, spent: Cost
 
 def curve_of(points: Sequence[Point], policy: str, pool: Pool = "global") -> list[Point]:
     return [point for point in points if (point.policy, point.pool) == (policy, pool)]
+
+
+def variants(points: Sequence[Point]) -> list[Variant]:
+    """The policies and pools that were compared."""
+    return list(dict.fromkeys((point.policy, point.pool) for point in points))
 
 
 def variant_name(policy: str, pool: Pool) -> str:
@@ -99,9 +110,8 @@ def _point(trace: Trace, policy: str, num_slots: int, pool: Pool = "global") -> 
 def _more(trace: Trace, points: Sequence[Point], now: Now, slot_bytes: int, spent: Costs | None) -> MoreMemory:
     num_all = trace.keys.total
     num_slots = min(num_all, now.num_slots + MORE_BYTES // slot_bytes)
-    policy = now.policy if now.policy in POLICY_NAMES else DEFAULT_POLICY
-    before = next(p.hit_rate for p in curve_of(points, policy) if p.num_slots == now.num_slots)
-    after = _point(trace, policy, num_slots).hit_rate if num_slots > now.num_slots else before
+    before = next(p.hit_rate for p in curve_of(points, now.policy) if p.num_slots == now.num_slots)
+    after = _point(trace, now.policy, num_slots).hit_rate if num_slots > now.num_slots else before
     return MoreMemory(
         more_bytes=MORE_BYTES,
         num_slots=num_slots,

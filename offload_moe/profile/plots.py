@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from offload_moe.profile.behaviour import Preference
 from offload_moe.profile.belady import Belady
-from offload_moe.profile.curves import VARIANTS, curve_of, variant_name
+from offload_moe.profile.curves import curve_of, variant_name, variants
 from offload_moe.profile.report import ProfileReport
 from offload_moe.profile.sections import time_parts
 from offload_moe.profile.svg import (
@@ -64,7 +64,7 @@ def _sizes(report: ProfileReport) -> list[str]:
         (Belady.name, "global"): "frame",
         (DEFAULT_POLICY, "global"): "strong c0",
     }
-    for number, (policy, pool) in enumerate(VARIANTS):
+    for number, (policy, pool) in enumerate(variants(report.curves.points)):
         points = curve_of(report.curves.points, policy, pool)
         x, y = [100 * point.share for point in points], [100 * point.hit_rate for point in points]
         style = styles.get((policy, pool), f"c{1 + number % (NUM_COLOURS - 1)}")

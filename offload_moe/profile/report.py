@@ -13,6 +13,7 @@ from offload_moe.profile.curves import Curves, Now, curves
 from offload_moe.profile.guesses import Guesses, guesses
 from offload_moe.profile.text import CLASSES, class_per_token
 from offload_moe.profile.trace import Trace
+from offload_moe.residency.policy import DEFAULT_POLICY
 from offload_moe.system.progress import Progress
 
 
@@ -86,7 +87,7 @@ def _now(trace: Trace, metadata: dict[str, Any], spent: Costs | None) -> Now | N
     num_all = trace.keys.total
     num_slots = min(int(slots[trace.tiers[0]]), num_all)
     return Now(
-        policy=str(metadata.get("policy", "")),
+        policy=str(metadata.get("policy", DEFAULT_POLICY)),
         num_slots=num_slots,
         share=num_slots / num_all,
         hit_rate=None if spent is None else spent.total.tiers[0].hit_rate,

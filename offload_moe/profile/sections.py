@@ -1,6 +1,6 @@
 """The report as text and tables, for the terminal and the page."""
 
-from offload_moe.profile.curves import VARIANTS, MoreMemory, Now, curve_of, variant_name
+from offload_moe.profile.curves import MoreMemory, Now, curve_of, variant_name, variants
 from offload_moe.profile.guess_section import guess_section
 from offload_moe.profile.report import ProfileReport
 from offload_moe.profile.routing_sections import load_section, routing_section
@@ -136,7 +136,7 @@ def _sizes(report: ProfileReport) -> Section:
     shares = {point.num_slots: point.share for point in report.curves.points}
     sizes = sorted(shares)
     rows = []
-    for policy, pool in VARIANTS:
+    for policy, pool in variants(report.curves.points):
         rates = {point.num_slots: point.hit_rate for point in curve_of(report.curves.points, policy, pool)}
         if rates:
             rows.append([variant_name(policy, pool), *(percent(rates.get(size)) for size in sizes)])

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from offload_moe.quant.blockwise import BlockwiseCodec, PlaneSpec
-
-BLOCK = 64
+from offload_moe.quant.layout import BLOCK
 
 
 class Int8Codec(BlockwiseCodec):

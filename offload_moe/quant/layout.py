@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+BLOCK = 64  # weights of a row that share a scale, in our own codecs
 PLANE_ALIGNMENT = 256  # bitsandbytes' CUDA kernels read planes with vector loads
 GATED = "gate_up_proj"  # the first matrix of an expert with a gate; any other name has none
 RECORD_ALIGNMENT = 4096  # O_DIRECT and page-locked transfers need no bounce buffer

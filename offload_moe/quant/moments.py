@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from offload_moe.quant.layout import BLOCK
+
 Moments = Mapping[str, Tensor]
 """Matrix -> fp32 ``[K]``, the mean square of each input, or ``[K, K]``, the means of their products."""
 NO_MOMENTS: Moments = MappingProxyType({})
 
-BLOCK = 64
 LEAST_WEIGHT = 1e-3  # of a block's mean: no column is without bounds
 
 

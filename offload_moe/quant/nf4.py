@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from offload_moe.quant.blockwise import BlockwiseCodec, PlaneSpec
+from offload_moe.quant.layout import BLOCK
 
-BLOCK = 64
 NESTED_BLOCK = 256
 
 # fmt: off

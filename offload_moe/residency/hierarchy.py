@@ -17,7 +17,7 @@ from offload_moe.memory.pace import LinkPace
 from offload_moe.native import kernels
 from offload_moe.residency.counters import Counters
 from offload_moe.residency.keys import ExpertKeys
-from offload_moe.residency.policy import DEFAULT_POLICY, policy_of_pool
+from offload_moe.residency.policy import DEFAULT_POLICY, Policy, policy_of_pool
 from offload_moe.residency.records import RamRecords
 from offload_moe.residency.reserved import PassAccounts, ReservedSlots
 from offload_moe.residency.residency import Residency
@@ -210,9 +210,8 @@ class Hierarchy:
         flights: Flights | None = None,
         changed: threading.Condition | None = None,
     ) -> Scheduler:
-        residency = Residency(table, policy_of_pool(self.pools.policy, self.pools.keys, num_slots=table.num_slots))
         scheduler = Scheduler(
-            residency,
+            Residency(table, self._policy(table.num_slots)),
             mover,
             keys=self.pools.keys,
             bytes_counter=bytes_counter,
@@ -231,7 +230,11 @@ class Hierarchy:
         """
         now = scheduler.residency.num_slots
         if scheduler in self._began_whole and self._is_whole(num_before) != self._is_whole(now):
-            scheduler.use_policy(policy_of_pool(self.pools.policy, self.pools.keys, num_slots=now))
+            scheduler.use_policy(self._policy(now))
+
+    def _policy(self, num_slots: int) -> Policy:
+        pools = self.pools
+        return policy_of_pool(pools.policy, pools.keys, num_slots=num_slots, on_fault=self.lifecycle.fail)
 
     def _is_whole(self, num_slots: int) -> bool:
         return num_slots >= self._num_keys

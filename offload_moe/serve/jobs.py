@@ -115,6 +115,7 @@ class Answering:
         with closing(generation.steps()) as steps:
             while choice.reason is None:
                 token = self._next(steps, generation)
+                job.is_in_prompt = token is None
                 if token == END:
                     events = choice.end("interrupted" if job.stop.is_set() else generation.end)
                 elif token is None:

@@ -66,6 +66,7 @@ def totals(host: Host) -> dict[str, Any]:
             "right": counters.num_right_guesses,
             "wrong": counters.num_guesses - counters.num_right_guesses,
             "saved_s": counters.saved_by_guesses_s,
+            "gain": counters.guess_gain,
         },
         "stall_s": counters.stall_s,
         "bytes": {"disk": counters.disk_bytes, "h2d": counters.h2d_bytes},

@@ -38,6 +38,8 @@ def _lines(host: Host) -> Iterator[str]:
         yield f'{PREFIX}guesses_total{{kind="{kind}"}} {now["guesses"][kind]}'
     saved_s = now["guesses"]["saved_s"]  # may fall, where guesses cost more than they gave
     yield from _one("guesses_saved_seconds", "gauge", "Seconds that passes without guesses would add.", saved_s)
+    gain = now["guesses"]["gain"]
+    yield from _one("guess_gain", "gauge", "Decode seconds without guesses over those with them.", gain)
     yield from _one("stall_seconds_total", "counter", "Seconds that compute has waited for experts.", now["stall_s"])
     yield from _head("bytes_total", "counter", "Bytes read from disk, and copied to the device.")
     for kind, number in now["bytes"].items():

@@ -1,6 +1,8 @@
 """One thread computes for all requests: a bounded queue, first in, first out; the steps of those that run alternate.
 
-Where alternating is of no use, the one that began first computes until it ends, and the others wait for that.
+A step is a token, or a chunk of a prompt, which takes as long as many: between two chunks, of whatever prompts, each
+request that is behind its prompt has a step. Where alternating is of no use, the one that began first computes until it
+ends, and the others wait for that.
 """
 
 import logging
@@ -37,6 +39,7 @@ class Job:
         """on_drop: called when the worker is closed before the request began."""
         self.stop = threading.Event()
         self.began_at: float | None = None  # of `time.monotonic`; None while it waits
+        self.is_in_prompt = True  # until its work says otherwise
         self.begin, self.on_drop = begin, on_drop
         self.work: Work | None = None
 
@@ -79,6 +82,7 @@ class Worker:
         self._waiting: deque[Job] = deque()
         self._running: deque[Job] = deque()
         self._calls: deque[_Call[Any]] = deque()
+        self._num_since_chunk = 0  # steps of requests behind their prompts
         self._is_short_of_room = False
         self._is_closed = False
         self._thread: threading.Thread | None = None
@@ -174,10 +178,16 @@ class Worker:
         if not self._running:
             return None
         takes_turns = len(self._running) == 1 or self._alternates()
-        job = self._running[0] if takes_turns else min(self._running, key=_urgency)
+        job = self._in_turn() if takes_turns else min(self._running, key=_urgency)
+        self._num_since_chunk = 0 if job.is_in_prompt else self._num_since_chunk + 1
         self._running.remove(job)
         self._running.append(job)
         return job
+
+    def _in_turn(self) -> Job:
+        """Lock held. The first one; a prompt only once every other request has had a step since the last chunk."""
+        may_chunk = self._num_since_chunk >= sum(not job.is_in_prompt for job in self._running)
+        return next(job for job in self._running if may_chunk or not job.is_in_prompt)
 
     def _wait_for_work(self) -> bool:
         """Lock held. False once it is closed."""

@@ -1,24 +1,25 @@
-"""What passes of several rows have won and lost against passes of one."""
+"""What passes of several rows have won and lost against passes of one.
 
-MOST_LOST = 0.015  # of all time so far
-CREDIT_PASSES = 1.0  # so many passes' time may be lost before anything was won, and won time covers no more than this
+In usual passes of one row, as long as those were at that moment: a loss among the first passes, which read every expert
+from disk, must not count for hundreds of later ones.
+"""
+
+MOST_LOST = 0.015  # of all passes so far
+CREDIT = 1.0  # so many may be lost before anything was won, and what was won covers no more than this
 
 
 class Balance:
     """Of one way to fill passes: once it has lost too much, it has to wait."""
 
     def __init__(self) -> None:
-        self._won_s = 0.0
-        self._spent_s = 0.0
+        self._won = 0.0
+        self._spent = 0.0
 
-    def note_plain(self, seconds: float) -> None:
-        """A pass of one row."""
-        self._spent_s += seconds
+    def note(self, num_tokens: float, spent: float) -> None:
+        """A pass gave so many tokens, and took as long as `spent` usual ones, which give a token each."""
+        self._spent += spent
+        self._won = min(self._won + num_tokens - spent, CREDIT)
 
-    def note_rows(self, saved_s: float, seconds: float, plain_s: float) -> None:
-        """A pass of several rows, which saved so much against plain ones, each of which takes `plain_s`."""
-        self._spent_s += seconds
-        self._won_s = min(self._won_s + saved_s, CREDIT_PASSES * plain_s)
-
-    def is_overdrawn(self, plain_s: float) -> bool:
-        return self._won_s < -MOST_LOST * self._spent_s - CREDIT_PASSES * plain_s
+    @property
+    def is_overdrawn(self) -> bool:
+        return self._won < -MOST_LOST * self._spent - CREDIT

@@ -3,20 +3,40 @@
 V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from offload_moe.speculate.guess import Guess, num_alike
 
 CHUNK = 512  # tokens of a prompt that the draft computes at once
+_ATTRIBUTE = "_offload_moe_draft"  # of a cache
+
+
+@dataclass(slots=True)
+class Drafted:
+    """What the draft has computed. It stays with the model's cache of a sequence, and is copied with that."""
+
+    cache: DynamicCache
+    ids: list[int] = field(default_factory=list)
+
+    def crop(self, number: int) -> None:
+        """Keep so many tokens; a pass that was stopped left more in some layers."""
+        for layer in self.cache.layers:
+            layer.crop(-max(0, layer.get_seq_length() - number))
+        del self.ids[number:]
 
 
 class DraftSource:
-    """The likeliest tokens of the draft. Its cache goes on with the sequence, and drops what did not come."""
+    """The likeliest tokens of the draft. Its cache goes on with the sequence, and drops what did not come.
+
+    A prompt is computed along with the model's passes of it, chunk by chunk.
+    """
 
     certainties = (0.7,)
     is_free = False
@@ -24,39 +44,49 @@ class DraftSource:
     def __init__(self, hf: Any, vocabulary: int) -> None:
         """hf: the draft, whose caches can be cropped. vocabulary: tokens that may be guessed."""
         self._hf, self._vocabulary = hf, vocabulary
-        self._cache = DynamicCache(config=hf.config.get_text_config(decoder=True))
         self._ids: list[int] = []
-        self._cached: list[int] = []
+        self._drafted = self._new()
+
+    def attach(self, cache: Cache) -> None:
+        """See `StateSource`."""
+        self._drafted = vars(cache).setdefault(_ATTRIBUTE, self._new())
 
     def begin(self, ids: Sequence[int]) -> None:
-        """Computes what is new of the prompt, but for its last token."""
         self._ids = list(ids)
-        self._catch_up()
 
     def take(self, token: int) -> None:
         self._ids.append(token)
 
+    @contextmanager
+    def passing(self, first: int, ids: Sequence[int]) -> Iterator[None]:
+        """See `StateSource`."""
+        yield
+        end = first + len(ids)
+        if len(ids) > 1 and end <= len(self._ids):
+            self._compute(min(end, len(self._ids) - 1))
+
     def guess(self, most: int) -> Guess:
-        self._catch_up()
+        self._compute(len(self._ids) - 1)
         tokens = self._ids[-1:]
         for _ in range(most):
             logits = self._pass(tokens[-1:])
             tokens.append(int(logits[: self._vocabulary].argmax()))
         return Guess(tuple(tokens[1:]))
 
-    def _catch_up(self) -> None:
-        """The cache holds the sequence without its last token."""
-        end = len(self._ids) - 1
-        kept = num_alike(self._cached, self._ids[:end])
-        if kept < len(self._cached):
-            self._cache.crop(kept - len(self._cached))
-            del self._cached[kept:]
+    def _new(self) -> Drafted:
+        return Drafted(DynamicCache(config=self._hf.config.get_text_config(decoder=True)))
+
+    def _compute(self, end: int) -> None:
+        """The cache holds the first so many tokens of the sequence from now on."""
+        drafted = self._drafted
+        kept = num_alike(drafted.ids, self._ids[:end])
+        drafted.crop(kept)
         for first in range(kept, end, CHUNK):
             self._pass(self._ids[first : min(first + CHUNK, end)])
 
     def _pass(self, tokens: Sequence[int]) -> Tensor:
         """The logits ``[V]`` behind these tokens."""
         ids = torch.tensor([tokens], device=self._hf.device)
-        logits: Tensor = self._hf(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits
-        self._cached += tokens
+        logits: Tensor = self._hf(ids, past_key_values=self._drafted.cache, use_cache=True, logits_to_keep=1).logits
+        self._drafted.ids += tokens
         return logits[0, -1]

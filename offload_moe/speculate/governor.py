@@ -32,8 +32,9 @@ class Governor:
 
     def choose(self, kind: int, most: int) -> int:
         """How many guesses of this kind to compute, 0 for none."""
-        plain_s = self._costs.plain_s
-        if not most or not plain_s or self._since_plain >= CALIBRATE_AFTER or self._balance.is_overdrawn(plain_s):
+        costs = self._costs
+        is_due = self._since_plain >= CALIBRATE_AFTER or costs.is_stale
+        if not most or not costs.plain_s or is_due or self._balance.is_overdrawn:
             return 0
         if not self._is_free and self._since_guess >= RETRY_AFTER:
             return 1  # what is known of these guesses is old
@@ -51,22 +52,23 @@ class Governor:
         for at in range(min(num_right + 1, num_guesses)):
             certainty[at] += self._forget * ((at < num_right) - certainty[at])
 
-    def note_plain(self, seconds: float) -> None:
-        """A pass without guesses gave a token."""
-        self._balance.note_plain(seconds)
+    def note_plain(self, spent: float) -> None:
+        """A pass without guesses gave a token, and took as long as so many usual ones."""
+        self._balance.note(1, spent)
         self._since_plain = 0
         self._since_guess += 1
 
-    def note_guesses(self, num_right: int, seconds: float) -> float:
+    def note_guesses(self, num_right: int, seconds: float, *, num_new: int = 1) -> float:
         """A pass with guesses, which gave one token more than were right. Returns the seconds that it saved.
 
-        seconds: with those of making the guesses.
+        seconds: with those of making the guesses. num_new: rows that the pass would have had without guesses.
         """
-        saved_s = (1 + num_right) * self._costs.plain_s - seconds
-        self._balance.note_rows(saved_s, seconds, self._costs.plain_s)
+        plain_s, num_passes = self._costs.plain_s, self._costs.ratio(num_new) + num_right
+        if plain_s:
+            self._balance.note(num_passes, seconds / plain_s)
         self._since_plain += 1
         self._since_guess = 0
-        return saved_s
+        return num_passes * plain_s - seconds
 
     def note_making(self, num_guesses: int, seconds: float) -> None:
         """So many guesses were made in this time."""

@@ -19,8 +19,7 @@ class RowGovernor:
 
     def choose(self, most: int) -> int:
         """How many rows pay best, `most` or fewer; 1 where answers are to be computed one after another."""
-        plain_s = self._costs.plain_s
-        if not plain_s or self._since_plain >= CALIBRATE_AFTER or self._balance.is_overdrawn(plain_s):
+        if not self._costs.plain_s or self._since_plain >= CALIBRATE_AFTER or not self._may_share:
             return 1
         best = max(range(1, min(most, MAX_ROWS) + 1), key=self.rate)
         return best if self.rate(best) >= LEAST_GAIN else 1
@@ -28,8 +27,11 @@ class RowGovernor:
     @property
     def pays(self) -> bool:
         """Whether several rows give more tokens per time than passes one after another, as far as that is known."""
-        most = max(map(self.rate, range(2, MAX_ROWS + 1)))
-        return most >= LEAST_GAIN and not self._balance.is_overdrawn(self._costs.plain_s)
+        return self._may_share and max(map(self.rate, range(2, MAX_ROWS + 1))) >= LEAST_GAIN
+
+    @property
+    def _may_share(self) -> bool:
+        return not (self._costs.is_stale or self._balance.is_overdrawn)
 
     def rate(self, num_rows: int) -> float:
         """Tokens per time of a plain pass."""
@@ -37,13 +39,7 @@ class RowGovernor:
 
     def note(self, num_rows: int, seconds: float, num_misses: int) -> None:
         """A pass was computed, without guesses."""
-        if num_rows == 1:
-            self._costs.note(1, seconds, num_misses)
-            self._balance.note_plain(seconds)
-            self._since_plain = 0
-            return
-        plain_s = self._costs.plain_s
-        # What seems faster than a plain pass is beside plain ones that waited for experts.
-        self._costs.note(num_rows, max(seconds, plain_s), num_misses)
-        self._balance.note_rows(num_rows * plain_s - seconds, seconds, plain_s)
-        self._since_plain += 1
+        if num_rows > 1:  # what seems faster than a plain pass is beside plain ones that waited for experts
+            seconds = max(seconds, self._costs.plain_s)
+        self._balance.note(num_rows, self._costs.note(num_rows, seconds, num_misses))
+        self._since_plain = 0 if num_rows == 1 else self._since_plain + 1

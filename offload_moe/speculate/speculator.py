@@ -124,15 +124,16 @@ class Speculator:
     def note_plain(self, cost: PassCost) -> None:
         """A pass without guesses."""
         if cost.num_rows == 1:  # several are tokens that a grammar forced
-            self._costs.note(1, cost.seconds, cost.num_misses)
+            spent = self._costs.note(1, cost.seconds, cost.num_misses)
             for way in self._ways:
-                way.governor.note_plain(cost.seconds)
+                way.governor.note_plain(spent)
 
     def note_pass(self, cost: PassCost, num_guesses: int, num_right: int) -> None:
         """A pass with guesses, once it is known how many were right."""
         self._costs.note(cost.num_rows, cost.seconds, cost.num_misses)
-        saved_s = self._used.governor.note_guesses(num_right, cost.seconds + self._making_s)
-        more_misses = cost.num_misses - (1 + num_right) * self._costs.plain_misses
+        num_new = cost.num_rows - num_guesses  # more than one where a grammar forced tokens
+        saved_s = self._used.governor.note_guesses(num_right, cost.seconds + self._making_s, num_new=num_new)
+        more_misses = cost.num_misses - (num_new + num_right) * self._costs.plain_misses
         self.tally.note(num_guesses, num_right, saved_s, more_misses)
         self._counters.num_guesses += num_guesses
         self._counters.num_right_guesses += num_right

@@ -7,7 +7,6 @@ before it is used as a size, an offset or a file name.
 import json
 import math
 import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from offload_moe.checkpoint.header import DTYPES
 from offload_moe.errors import StoreCorrupt, StoreError, StoreVersion
+from offload_moe.native.kernels import crc32
 from offload_moe.quant import ABSMAX, ExpertShape, Matrix
 from offload_moe.quant.layout import RECORD_ALIGNMENT
 from offload_moe.store.manifest import (
@@ -101,7 +101,7 @@ def _version_of(manifest: Manifest) -> int:
 
 
 def _checksum(document: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(document, sort_keys=True).encode())
+    return crc32(json.dumps(document, sort_keys=True).encode())
 
 
 def _lines(value: object) -> str:

@@ -6,7 +6,6 @@ gives the same bytes as an undisturbed one.
 
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -184,14 +183,12 @@ class StoreWriter:
 
 def stored_files(files: Sequence[PlannedFile]) -> tuple[DataFile, ...]:
     """The data files' entries of the manifest."""
-    return tuple(
-        DataFile(name=f.name, num_bytes=f.num_bytes, checksum=zlib.crc32(f.header), order=f.order) for f in files
-    )
+    return tuple(DataFile(name=f.name, num_bytes=f.num_bytes, checksum=crc32(f.header), order=f.order) for f in files)
 
 
 def describe_metadata(metadata: dict[str, bytes]) -> tuple[StoredFile, ...]:
     """The small files' entries of the manifest."""
-    return tuple(StoredFile(name=n, num_bytes=len(data), checksum=zlib.crc32(data)) for n, data in metadata.items())
+    return tuple(StoredFile(name=n, num_bytes=len(data), checksum=crc32(data)) for n, data in metadata.items())
 
 
 def _checksum(descriptor: int, offset: int, num_bytes: int) -> int:

@@ -37,6 +37,7 @@ class Lifecycle:
     def __init__(self) -> None:
         self._passes: dict[int, int] = {}  # passes by thread
         self._ended: str | None = None  # the reason why new passes are refused
+        self._fault: Exception | None = None
         self._release: Callable[[], object] | None = None
         self._changed = threading.Condition()
         self._releasing = threading.RLock()
@@ -47,9 +48,13 @@ class Lifecycle:
         return self._ended is None
 
     def check(self) -> None:
-        """Check outside a pass. Raises: ModelClosed. A daemon thread does not return while the interpreter exits."""
+        """Check outside a pass. Raises: ModelClosed, and the error of `fail`.
+
+        A daemon thread does not return while the interpreter exits.
+        """
         if self._ended is not None:
             self._refuse(self._ended)
+        self._check_fault()
 
     def begin_forward(self) -> None:
         """As `check`, and reset this thread's count, which an interrupt before `__exit__` may have left too high."""
@@ -57,9 +62,14 @@ class Lifecycle:
         self.check()
 
     def check_waiting(self) -> None:
-        """Check within a pass, which may hold locks. Raises: ModelClosed."""
+        """Check within a pass, which may hold locks. Raises: ModelClosed, and the error of `fail`."""
         if self._ended is not None:
             raise ModelClosed(self._ended)
+        self._check_fault()
+
+    def fail(self, error: Exception) -> None:
+        """End passes with this error at their next check, and refuse new ones until the model is closed."""
+        self._fault = error
 
     def __enter__(self) -> Self:
         thread = threading.get_ident()
@@ -90,6 +100,10 @@ class Lifecycle:
             while self._passes and self._ended != EXITING and threading.get_ident() not in self._passes:
                 self._changed.wait(_STEP_S)
         self._release_when_idle()
+
+    def _check_fault(self) -> None:
+        if self._fault is not None:
+            raise self._fault.with_traceback(None)
 
     def _leave(self, thread: int) -> None:
         depth = self._passes.get(thread, 1) - 1

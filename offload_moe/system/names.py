@@ -132,7 +132,12 @@ def choice(what: str, name: str, choices: Collection[str]) -> str:
     """`name`, if it is one of the choices. Raises: ConfigError with the list of choices."""
     if name in choices:
         return name
-    raise ConfigError(
+    raise no_such(what, name, choices)
+
+
+def no_such(what: str, name: str, choices: Collection[str]) -> ConfigError:
+    """The error for a name that is none of the choices."""
+    return ConfigError(
         f"There is no {what} {name!r}. {did_you_mean(str(name), choices, otherwise='')} ".rstrip()
         + f" Choose one of: {', '.join(choices)}."
     )

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -61,15 +62,20 @@ def read_settings(environ: Mapping[str, str] | None = None) -> dict[str, Chosen]
     return {name: _chosen(name, setting, environ, path, written) for name, setting in SETTINGS.items()}
 
 
-def write_setting(name: str, text: str | None) -> Path:
-    """Set a default in the file, which keeps its other lines; None removes it. Returns the file.
+def write_setting(name: str, text: str | None) -> Path | None:
+    """Set a default in the file, which keeps its other lines; None removes it.
+
+    Returns the file; None where there was nothing to remove.
 
     Raises: ConfigError when name or value is not usable, or the file is damaged; OSError when it cannot be written.
     """
     setting, path = SETTINGS[choice("setting", name, SETTINGS)], config_file()
     if path is None:
         raise ConfigError("There is no home folder for the file of settings. Set OFFLOAD_MOE_CONFIG to a file.")
-    expected = {key: value for key, value in _written(path).items() if key != name}
+    written = _written(path)
+    if text is None and name not in written:
+        return None
+    expected = {key: value for key, value in written.items() if key != name}
     line = ""
     if text is not None:
         setting.read(text)
@@ -126,9 +132,11 @@ def _toml(text: str) -> str:
 
 def _with_line(path: Path, name: str, line: str) -> str:
     """The text of the file with the line in place of that of the same setting, or at the end."""
-    lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True) if path.exists() else []
+    text = path.read_bytes().decode("utf-8-sig") if path.exists() else ""
+    end = "\r\n" if "\r\n" in text else "\n"
+    line, lines = line.replace("\n", end), text.splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
-        lines[-1] += "\n"
+        lines[-1] += end
     at = next((n for n, old in enumerate(lines) if re.match(rf"\s*{name}\s*=", old)), None)
     if at is None:
         return "".join([*lines, line])
@@ -136,14 +144,17 @@ def _with_line(path: Path, name: str, line: str) -> str:
 
 
 def _replace(path: Path, text: str, expected: Mapping[str, str]) -> None:
-    """Write the file whole or not at all; a link stays one."""
+    """Write the file whole or not at all; a link stays one, and a mode what it is."""
     target = path.resolve()
     if target.exists() and not target.is_file():
         raise ConfigError(f"{path} is no file, so no default can be kept there. Name another with OFFLOAD_MOE_CONFIG.")
     target.parent.mkdir(parents=True, exist_ok=True)
     new = target.with_name(f"{target.name}.new")
-    new.write_text(text, encoding="utf-8")
     try:
+        new.touch(mode=0o600 if target.exists() else 0o666)
+        new.write_bytes(text.encode())
+        if target.exists():
+            shutil.copymode(target, new)
         if _written(new) != expected:
             raise ConfigError(f"{path} has a form that cannot be changed here. Edit it with an editor.")
         new.replace(target)

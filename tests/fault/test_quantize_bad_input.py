@@ -213,7 +213,7 @@ def test_remote_code_beside_a_known_model_type_is_never_run(model: Path, tmp_pat
 @pytest.mark.parametrize("architectures", [None, [], ["MysteryForCausalLM"], [5], "Qwen3MoeForCausalLM"])
 def test_a_model_type_that_transformers_does_not_have(model: Path, tmp_path: Path, architectures: object) -> None:
     edit_json(model / "config.json", model_type="mystery_moe", architectures=architectures)
-    refused(model, tmp_path, UnsupportedModelError, "'mystery_moe' is not in this version of transformers")
+    refused(model, tmp_path, UnsupportedModelError, "'mystery_moe' is neither in this version of transformers nor")
 
 
 @pytest.mark.parametrize("method", ["quark", "hqq"])

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from tests.support.page_server import FakeServer
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Model]":
     """A tiny model that can be chatted with."""
@@ -53,8 +59,7 @@ def card_store(tmp_path_factory: pytest.TempPathFactory) -> "Path":
 
 
 @pytest.fixture(scope="module")
-def driver() -> Iterator[Any]:
-    """A browser."""
+def browser() -> Iterator[Any]:
     from tests.support.browser import chromium
 
     with chromium() as driver:
@@ -72,8 +77,8 @@ def server() -> "Iterator[FakeServer]":
 
 
 @pytest.fixture
-def page(driver: Any, server: "FakeServer") -> "Page":
+def page(browser: Any, server: "FakeServer") -> "Page":
     """The page of the scripted server."""
     from tests.support.browser import Page
 
-    return Page(driver, server.address)
+    return Page(browser, server.address)

@@ -47,7 +47,8 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ("card_table.py", "--replay {trace} --tokens 8", ("curves.*.queued.0.1", "curves.*.stepwise.0.1")),
     (
         "batching.py",
-        "{store} --threads 1 --trials 1 --conversations 4 --tokens 16 --prompt-tokens 8 --clients 3",
+        "{store} --threads 1 --trials 1 --conversations 4 --tokens 16 --prompt-tokens 8 --clients 3 "
+        "--client-prompt-tokens 20",
         (
             "four_conversations_ratio.median",
             "four_conversations_share_of_bound.min",
@@ -55,6 +56,7 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
             "resident.rows_per_pass",
             "resident.byte_bound",
             "clients.p95_ms.*.median",
+            "clients.p95_over_goal.median",
         ),
     ),
     (
@@ -227,6 +229,11 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         ),
     ),
     (
+        "replay_rows.py",
+        "{trace} --tokens 30 --rows 2",
+        ("four_replayed_ratio.min", "replay_auto_worst_ratio", "traces.*.disk.guesses.2.always"),
+    ),
+    (
         "speculation.py",
         "{store} --threads 1 --trials 1 --tokens 24 --context 512 --characters 120 --prompts 1 --rows 2,4",
         (
@@ -235,6 +242,7 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
             "ngram_edit_disk_ratio.max",
             "auto_prose_worst_ratio.median",
             "replay_share_of_bound.median",
+            "replay_auto_worst_ratio.min",
             "replay.*.byte_bound",
         ),
     ),
@@ -276,7 +284,7 @@ BY_THEMSELVES = {
     "paired.py",
     "peers/run_llamacpp.py",
     "peers/serve_llamacpp.py",  # by serve_peers.py
-    "peers/tune_llamacpp.py",
+    "peers/tune_llamacpp.py",  # with made-up runs
 }
 
 
@@ -320,6 +328,39 @@ def test_llamacpp_runs_where_it_is_installed(files: Files, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     for path in RUN:
         assert all(figures_at(last_line(done.stdout), path))
+
+
+LLAMACPP = """#!{python}
+import json, sys
+if "--describe" in sys.argv:
+    print(json.dumps({{"missing_instructions": [], "version": "1"}}))
+else:
+    speed = 10 + 5 * ("--huge-pages" in sys.argv) + int(sys.argv[sys.argv.index("--runs") + 1])
+    rates = (1000, speed, speed + 1, speed + 2)
+    names = "decode_tokens_per_s", "prompt_tokens_per_s", "decode_cpu_ms", "prompt_cpu_ms"
+    runs = [dict(zip(names, (rate, 2 * rate, 500 / rate, 50 / rate))) for rate in rates]
+    print(json.dumps({{"runs": runs}}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("threads", "decode", "prompt"), [("1", 40, 400), ("2", 20, 40)])
+def test_settings_of_llamacpp_are_compared(
+    threads: str, decode: float, prompt: float, files: Files, tmp_path: Path
+) -> None:
+    """Its runs are made up: the first does not count, and with one thread CPU time does."""
+    stub = tmp_path / "python"
+    stub.write_text(LLAMACPP.format(python=sys.executable))
+    stub.chmod(0o755)
+    arguments = f"m.gguf --native {stub} --threads {threads}"
+    done = run_script("peers/tune_llamacpp.py", arguments, files, tmp_path)
+    assert done.returncode == 0, done.stderr
+    document = last_line(done.stdout)
+    for setting, factor in (("--flash-attention on", 0.75), ("--flash-attention off --huge-pages", 1)):
+        medians = document["tokens_per_s"][setting]  # type: ignore[index]
+        assert medians["decode"]["median"] == pytest.approx(factor * decode)
+        assert medians["prompt"]["median"] == pytest.approx(factor * prompt)
+    assert document["best"] == dict.fromkeys(("decode", "prompt"), "--flash-attention off --huge-pages")
 
 
 @pytest.mark.slow

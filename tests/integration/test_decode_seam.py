@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from support.checkpoints import write_checkpoint
 from support.models import open_model
 from support.tiny_models import tiny_model, tiny_prompt
@@ -209,6 +210,43 @@ def test_a_forward_that_appears_between_two_tokens_is_called(model: Model, passe
     assert len(passes) == 4
 
 
+class Counting(ModelHook):  # type: ignore[misc]
+    """A hook of accelerate that counts the calls of its module."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        self.num_calls += 1
+        return args, kwargs
+
+
+@pytest.mark.parametrize("name", ["norm", "layers.1.mlp", "layers.2.self_attn.q_proj"])
+def test_hooks_of_accelerate_are_called_until_they_are_removed(name: str, model: Model, passes: list[int]) -> None:
+    expected, hook = one_more(input_ids=TOKEN)(model), Counting()
+    module = model.hf.model.get_submodule(name)
+    add_hook_to_module(module, hook)
+    got = one_more(input_ids=TOKEN)(model)
+    assert (hook.num_calls, len(passes)) == (2, 2)  # the prompt and the step
+    assert distance(got, expected) < ROUNDING
+    remove_hook_from_module(module)
+    assert torch.equal(one_more(input_ids=TOKEN)(model), expected)
+    assert (hook.num_calls, len(passes)) == (2, 4)
+
+
+def test_a_forward_that_was_put_back_is_the_modules_own(model: Model, passes: list[int]) -> None:
+    """As a bound method in an attribute, which was not there before; that of another module is not."""
+    expected = one_more(input_ids=TOKEN)(model)
+    first, second = model.hf.model.layers[1:]
+    own = first.forward
+    for forward, num_passes in ((lambda *args, **kwargs: own(*args, **kwargs), 0), (own, 2), (second.forward, 0)):
+        passes.clear()
+        first.forward = forward
+        got = one_more(input_ids=TOKEN)(model)
+        assert len(passes) == num_passes
+        assert (distance(got, expected) < ROUNDING) is (forward != second.forward)
+
+
 def test_a_decoder_returns_what_its_own_forward_returns(model: Model, plain: Model, passes: list[int]) -> None:
     """Of the same class, with the same fields."""
     outputs = []
@@ -325,6 +363,7 @@ def test_another_attention_function_takes_the_modules(model: Model, plain: Model
         ),
         ("dots1", {"first_k_dense_replace": 1}),
         ("minimax_m2", {}),
+        ("hunyuan_v1_moe", {}),
         ("olmoe", {}),
         ("phimoe", {"attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.2}),
         ("gpt_oss", {}),

@@ -1,10 +1,12 @@
 """A draft model: any causal language model of the same vocabulary, in memory of its own."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from offload_moe import load
 from offload_moe.engine.draft import find_draft, load_draft
@@ -77,6 +79,47 @@ def test_a_long_prompt_is_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> 
         source.begin(PROMPT)
         source.guess(2)
     assert sizes == [4, 4, 2, 1, 1]
+
+
+@torch.inference_mode()
+def test_a_prompt_is_drafted_along_with_the_models_passes_and_kept_with_its_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("offload_moe.speculate.draft.CHUNK", 4)
+    hf, sizes, cache = chat_model(), list[int](), DynamicCache()
+    hf.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[1]))
+    first, second = DraftSource(hf, 264), DraftSource(hf, 264)
+    first.attach(cache)
+    first.begin(PROMPT)
+    assert sizes == []
+    with first.passing(0, PROMPT[:6]):
+        pass
+    assert sizes == [4, 2]
+    with first.passing(6, PROMPT[6:]):
+        pass
+    first.guess(1)
+    assert sizes == [4, 2, 4, 1]
+    sizes.clear()
+    second.attach(copy.deepcopy(cache))
+    second.begin([*PROMPT, 90, 91])
+    assert list(second.guess(1).tokens) == greedy(hf, [*PROMPT, 90, 91], 1)
+    assert sizes[:2] == [1, 1]
+
+
+@torch.inference_mode()
+def test_a_draft_goes_on_behind_a_pass_that_was_stopped() -> None:
+    hf, drafting = chat_model(), chat_model()
+    source = DraftSource(drafting, 264)
+    source.begin(PROMPT)
+    source.guess(1)
+    hook = (
+        drafting.get_decoder().layers[-1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    )
+    with pytest.raises(KeyboardInterrupt):
+        source.guess(2)
+    hook.remove()
+    source.take(77)
+    assert list(source.guess(4).tokens) == greedy(hf, [*PROMPT, 77], 4)
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 1.2, "seed": 4}], ids=["greedy", "sampled"])

@@ -53,8 +53,10 @@ def kinds_in_place(model: Model) -> list[str]:
         ("olmoe", {"clip_qkv": 4.0}, ["modules"] * 3, "yes", "clamped queries, keys and values"),
         ("minimax_m2", {}, ["span"] * 3, "yes", ""),
         ("phimoe", {"attention_bias": True, "lm_head_bias": True}, ["span"] * 3, "yes", ""),
+        ("minimax_m2", {"rotary_dim": 8}, ["span"] * 3, "yes", ""),
+        ("glm4_moe", {}, ["span"] * 3, "yes", ""),
         ("ernie4_5_moe", {"moe_layer_start_index": 0}, ["span"] * 3, "yes", ""),
-        ("hunyuan_v1_moe", {}, ["modules"] * 3, "no", "norms of queries and keys after the rotation"),
+        ("hunyuan_v1_moe", {}, ["span"] * 3, "yes", ""),
         ("flex_olmo", {}, ["modules"] * 3, "no", "norms after attention and MLP"),
     ],
 )

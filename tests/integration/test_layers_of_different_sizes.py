@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.card_model import card_model
+from support.cuda import fake, shim
 from support.families import eager_model, prompt_and_decode
 from support.models import open_model
 from support.offload import offload
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from offload_moe import load
 from offload_moe.convert.quantize import quantize
+from offload_moe.decode import pass_rows
 from offload_moe.decode.span import LayerSpan
 from offload_moe.engine.model import Model
 from offload_moe.errors import ConfigError
@@ -34,7 +37,11 @@ from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import POLICY_NAMES
 from offload_moe.residency.popularity import POPULARITY_NAME, read_popularity
 from offload_moe.residency.tier import Tier
+from offload_moe.speculate.governor import Governor
+from offload_moe.speculate.speculation import Speculation
 from offload_moe.store import Store
+from tests.integration import test_decode_rows as rows
+from tests.integration.test_card_tokens import tokens_of
 from tests.support.stores import check_all
 
 FAMILIES = sorted(SIZES)
@@ -125,6 +132,46 @@ def test_few_slots_and_lookahead_change_no_bit(
             assert model.stats.num_evictions > 0
             assert model.stats.num_prefetches > 0 if num_slots == 10 else prefetch or not model.stats.num_prefetches
     assert set(spans) == set(SPANS[family])
+
+
+def test_several_rows_have_the_bits_of_each_alone(stores: dict[str, Path]) -> None:
+    """Of one sequence, as guessed tokens are, and of several."""
+    for num_slots in (12, 6):
+        with open_model(stores["qwen3_moe"], num_slots) as model:
+            expected, got = (rows.after_prompt(model) for _ in range(2))
+            alone = rows.one_by_one(model, rows.NEXT[:5], expected)
+            rows.check(rows.forward(model, rows.NEXT[:5], got), alone, [got, expected])
+            pairs = [[rows.after_prompt(model, seed) for _ in range(2)] for seed in (1, 2)]
+            each = torch.cat([rows.one_by_one(model, rows.NEXT[:1], second)[0] for _, second in pairs])
+            with torch.inference_mode():
+                together = pass_rows(model.hf, [(rows.NEXT[:1], first) for first, _ in pairs])
+            assert together is not None
+            rows.check([together], [each], [cache for pair in pairs for cache in pair])
+
+
+def test_guesses_change_no_token(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Governor, "choose", lambda self, kind, most: min(most, 3))
+    with open_model(stores["qwen3_moe"], 12) as model:
+        expected = tokens_of(model.hf, max_new_tokens=24)
+        counters = model.engine.hierarchy.counters
+        speculator = Speculation(model.hf, "ngram", counters).conversation()
+        assert tokens_of(model.hf, speculator=speculator, max_new_tokens=24) == expected
+        assert 0 < counters.num_right_guesses < counters.num_guesses
+
+
+@pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
+@pytest.mark.parametrize(("num_ram", "num_vram"), [(12, 12), (6, 5)])
+def test_the_device_pass_chooses_the_cpus_tokens(num_ram: int, num_vram: int, stores: dict[str, Path]) -> None:
+    with open_model(stores["mixtral"]) as model:
+        expected = tokens_of(model.hf)
+    with fake.FakeDriver() as driver, card_model(stores["mixtral"], driver, num_ram, num_vram) as card:
+        assert tokens_of(card.hf) == expected
+        assert len(set(expected)) > 2
+        counters = card.engine.hierarchy.counters
+        assert counters.num_chosen_on_card == len(expected) - 1
+        card.card.settle()
+        if num_vram < sum(SIZES["mixtral"]):
+            assert counters.num_misses > 0
 
 
 def test_guesses_by_habit_name_experts_that_their_layer_has(

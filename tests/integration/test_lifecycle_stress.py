@@ -29,7 +29,7 @@ def live(store: Path, seed: int, num_rounds: int) -> None:
 
 @needs_fork
 def test_models_come_and_go(store: Path) -> None:
-    live(store, seed=1, num_rounds=6)
+    live(store, seed=1, num_rounds=3)
 
 
 @needs_fork

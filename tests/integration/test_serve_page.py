@@ -255,9 +255,9 @@ def test_errors_are_the_servers_words(page: Page, server: FakeServer, is_late: b
     page.wait(lambda: page.answer == "An answer.")
 
 
-def test_the_key_is_asked_for(driver: Any, server: FakeServer) -> None:
+def test_the_key_is_asked_for(browser: Any, server: FakeServer) -> None:
     server.key = "secret"
-    page = Page(driver, server.address, is_locked=True)
+    page = Page(browser, server.address, is_locked=True)
     for key in ("wrong", "secret"):
         page.wait(lambda: page.count("dialog[open]"))
         page.press(key, keys.ENTER)
@@ -298,16 +298,16 @@ def test_a_page_that_was_closed_shows_how_far_an_answer_came(page: Page, server:
     assert "closed" in page.text(".fault")
 
 
-def test_two_tabs_agree(page: Page, driver: Any) -> None:
+def test_two_tabs_agree(page: Page, browser: Any) -> None:
     page.converse("In the first tab")
-    first = driver.current_window_handle
-    driver.switch_to.new_window("tab")
+    first = browser.current_window_handle
+    browser.switch_to.new_window("tab")
     try:
         page.open()
         page.wait(lambda: page.titles == ["In the first tab"])
         page.converse("In the second tab")
     finally:
-        driver.close()
-        driver.switch_to.window(first)
+        browser.close()
+        browser.switch_to.window(first)
     page.wait(lambda: page.titles == ["In the second tab", "In the first tab"])
     assert page.text(".words") == "In the first tab"

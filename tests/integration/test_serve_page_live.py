@@ -99,12 +99,12 @@ def test_cells_are_read_by_keyboard(page: Page, live: Hierarchy) -> None:
     assert page.text("#cell").startswith("Layer 0, expert 0: ")
 
 
-def test_a_cells_colour_is_its_tier(driver: Any) -> None:
+def test_a_cells_colour_is_its_tier(browser: Any) -> None:
     still = Still()
     still.changed = {"residency": ["0123" + "1" * 60, *["1" * 64] * 15]}
     server = FakeServer(live=still)
     try:
-        page = Page(driver, server.address)
+        page = Page(browser, server.address)
         page.wait(lambda: page.count(".map:not([hidden])"))
         colours = [tuple(page.js(PIXEL, 0, expert)) for expert in range(4)]
         assert len(set(colours)) == 4
@@ -114,11 +114,11 @@ def test_a_cells_colour_is_its_tier(driver: Any) -> None:
         server.kill()
 
 
-def test_a_model_that_is_not_loaded_is_said(driver: Any) -> None:
+def test_a_model_that_is_not_loaded_is_said(browser: Any) -> None:
     server = FakeServer(live=Hierarchy(is_loaded=False))
     server.state = "unloaded"
     try:
-        page = Page(driver, server.address)
+        page = Page(browser, server.address)
         page.wait(lambda: "loads the model" in page.text("#live"))
         assert page.text("#state") == "unloaded"
         assert page.text(".map") == ""
@@ -129,12 +129,12 @@ def test_a_model_that_is_not_loaded_is_said(driver: Any) -> None:
         server.kill()
 
 
-def test_a_server_that_began_anew_has_no_past(driver: Any) -> None:
+def test_a_server_that_began_anew_has_no_past(browser: Any) -> None:
     """Totals that fall are no negative figures."""
     still = Still()
     server = FakeServer(live=still)
     try:
-        page = Page(driver, server.address)
+        page = Page(browser, server.address)
         page.wait(lambda: still.asked > 1)
         zero = {"prompt": 0, "cached": 0, "generated": 0}
         still.changed = {"started_s": still.started_s + 50, "tokens": zero, "stall_s": 0.0, "at_s": 0.5}
@@ -145,11 +145,11 @@ def test_a_server_that_began_anew_has_no_past(driver: Any) -> None:
         server.kill()
 
 
-def test_what_is_not_shown_is_not_asked_for(driver: Any) -> None:
+def test_what_is_not_shown_is_not_asked_for(browser: Any) -> None:
     still = Still()
     server = FakeServer(live=still)
     try:
-        page = Page(driver, server.address)
+        page = Page(browser, server.address)
         page.wait(lambda: still.asked > 0)
         page.click("The hierarchy at work", "header")
         page.js("return new Promise((done) => setTimeout(done, 200))")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.browser import Page, chromium, keys
+from tests.support.browser import Page, keys
 from tests.support.markdown_texts import ATTACKS, CASES, SLOW
 from tests.support.page_server import Answer, FakeServer
 
@@ -65,9 +65,8 @@ def server() -> Iterator[FakeServer]:
 
 
 @pytest.fixture(scope="module")
-def page(server: FakeServer) -> Iterator[Page]:
-    with chromium() as driver:
-        yield Page(driver, server.address)
+def page(browser: Any, server: FakeServer) -> Page:
+    return Page(browser, server.address)
 
 
 def run(page: Page, script: str, texts: list[str]) -> Any:

@@ -25,9 +25,9 @@ def set_length(page: Page, num_tokens: int) -> None:
     page.click("The hierarchy at work", "header")
 
 
-def test_a_conversation_with_the_real_server(driver: Any, model: Model) -> None:
+def test_a_conversation_with_the_real_server(browser: Any, model: Model) -> None:
     with listening(model, api_key=KEY) as (host, port):
-        page = Page(driver, f"http://{host}:{port}/", is_locked=True)
+        page = Page(browser, f"http://{host}:{port}/", is_locked=True)
         page.console()  # has the 401
         page.press(KEY, keys.ENTER)
         page.wait(lambda: page.text("#state") == "ready")
@@ -45,11 +45,11 @@ def test_a_conversation_with_the_real_server(driver: Any, model: Model) -> None:
         assert all(address.startswith(page.address) for address in loaded)
 
 
-def test_an_application_below_a_path_has_its_page(driver: Any, model: Model) -> None:
+def test_an_application_below_a_path_has_its_page(browser: Any, model: Model) -> None:
     app = make_app(model, name="tiny")
     try:
         with running(Starlette(routes=[Mount("/models/tiny", app)])) as (host, port):
-            page = Page(driver, f"http://{host}:{port}/models/tiny")
+            page = Page(browser, f"http://{host}:{port}/models/tiny")
             set_length(page, NUM_TOKENS)
             page.converse("Hello!")
             assert f"{NUM_TOKENS} tokens" in page.texts(".assistant .foot")[-1]
@@ -57,9 +57,9 @@ def test_an_application_below_a_path_has_its_page(driver: Any, model: Model) -> 
         app.close()
 
 
-def test_the_real_server_stops(driver: Any, model: Model) -> None:
+def test_the_real_server_stops(browser: Any, model: Model) -> None:
     with slowly(model), listening(model) as (host, port):
-        page = Page(driver, f"http://{host}:{port}/")
+        page = Page(browser, f"http://{host}:{port}/")
         set_length(page, 3000)
         page.send("Hello!")
         page.wait(lambda: page.is_writing and "answer, " in page.text("#live"))
@@ -69,13 +69,13 @@ def test_the_real_server_stops(driver: Any, model: Model) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_survives_the_end_of_its_server(driver: Any, tmp_path: Path) -> None:
+def test_the_page_survives_the_end_of_its_server(browser: Any, tmp_path: Path) -> None:
     """`kill -9` in the middle of an answer, and a new process at the same port."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     store = chat_store(tmp_path, max_position_embeddings=4096)
     with serving(store, "--port", str(port)):
-        page = Page(driver, f"http://127.0.0.1:{port}/")
+        page = Page(browser, f"http://127.0.0.1:{port}/")
         set_length(page, 3000)
         page.send("Hello!")
         page.wait(lambda: "answer, " in page.text("#live"))

@@ -127,3 +127,4 @@ def test_metrics_count_guesses(model: Model, every_guess: None) -> None:
     assert f'offload_moe_guesses_total{{kind="right"}} {right}' in text
     assert f'offload_moe_guesses_total{{kind="wrong"}} {wrong}' in text
     assert "offload_moe_guesses_saved_seconds" in text
+    assert "offload_moe_guess_gain" in text

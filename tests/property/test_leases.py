@@ -14,7 +14,7 @@ from offload_moe.errors import TransferError
 from offload_moe.memory.mover import Arrived
 from offload_moe.native.kernels import SlotTable
 from offload_moe.residency.keys import ExpertKeys
-from offload_moe.residency.policy import POLICY_NAMES, make_policy
+from offload_moe.residency.policy import make_policy, policy_names
 from offload_moe.residency.residency import Residency, SlotState
 from offload_moe.residency.scheduler import Scheduler
 
@@ -108,7 +108,7 @@ def check_nothing_is_held(scheduler: Scheduler) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(num_slots=st.integers(1, 6), policy=st.sampled_from(POLICY_NAMES), data=st.data())
+@given(num_slots=st.integers(1, 6), policy=st.sampled_from(policy_names()), data=st.data())
 def test_every_expert_comes_once_with_its_own_bytes(num_slots: int, policy: str, data: st.DataObject) -> None:
     scheduler, order = make(num_slots, policy, data, may_fail=False)
     for _ in range(data.draw(st.integers(1, 6))):

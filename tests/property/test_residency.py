@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from offload_moe.native.constants import RESERVED
 from offload_moe.native.kernels import SlotTable
 from offload_moe.residency.keys import ExpertKeys
-from offload_moe.residency.policy import POLICY_NAMES, make_policy
+from offload_moe.residency.policy import make_policy, policy_names
 from offload_moe.residency.residency import Residency, SlotState
 
 NUM_LAYERS, NUM_EXPERTS = 3, 5
@@ -18,7 +18,7 @@ KEYS = st.integers(0, NUM_LAYERS * NUM_EXPERTS - 1)
 class ResidencyMachine(RuleBasedStateMachine):
     """The model: key -> [slot, is_loading, num_leases]."""
 
-    @initialize(num_slots=st.integers(1, 6), policy=st.sampled_from(POLICY_NAMES))
+    @initialize(num_slots=st.integers(1, 6), policy=st.sampled_from(policy_names()))
     def start(self, num_slots: int, policy: str) -> None:
         made = make_policy(policy, ExpertKeys([NUM_EXPERTS] * NUM_LAYERS), num_slots=num_slots)
         self.table = SlotTable(NUM_LAYERS * NUM_EXPERTS, num_slots)
@@ -166,7 +166,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.residency.grow(self.num_open)
 
     @precondition(lambda self: self.model)
-    @rule(policy=st.sampled_from(POLICY_NAMES))
+    @rule(policy=st.sampled_from(policy_names()))
     def change_policy(self, policy: str) -> None:
         self.residency.use_policy(make_policy(policy, ExpertKeys([NUM_EXPERTS] * NUM_LAYERS), num_slots=self.num_open))
 

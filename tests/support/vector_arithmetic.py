@@ -9,6 +9,9 @@ POLYNOMIAL = [
     F(value) for value in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 ]
 
+LOGARITHM = [F(value) for value in (-1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1)]
+LOGARITHM += [F(value) for value in (-1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1)]
+
 
 def exp(t: float) -> F:
     t = F(min(max(t, -87), 88))
@@ -18,6 +21,32 @@ def exp(t: float) -> F:
     for coefficient in POLYNOMIAL:
         p = fma(p, r, coefficient)
     return (fma(p, r * r, r) + F(1)) * F(2.0**n)
+
+
+def log(x: float) -> F:
+    m, exponent = np.frexp(F(x))
+    if m < F(0.70710678118654752):
+        m, exponent = m + m, exponent - 1
+    m, e = m - F(1), F(exponent)
+    z, p = m * m, F(7.0376836292e-2)
+    for coefficient in LOGARITHM:
+        p = fma(p, m, coefficient)
+    p = fma(F(-0.5), z, fma(F(-2.12194440e-4), e, p * m * z))
+    return fma(F(0.693359375), e, m + p)
+
+
+def query_scale(position: int, step: float, strength: float) -> F:
+    steps = np.floor(F(position + 1) / F(step))
+    return F(strength) * log(steps + F(1)) + F(1)
+
+
+def turn_pairs(head: np.ndarray, cos: np.ndarray, signed_sin: np.ndarray) -> np.ndarray:
+    """The first dims, as many as cos has, as neighbours that turn together; sines in the order of halves."""
+    half, turned = len(cos) // 2, head.copy()
+    first, second = head[: 2 * half : 2], head[1 : 2 * half : 2]
+    turned[: 2 * half : 2] = first * cos[:half] + second * signed_sin[:half]
+    turned[1 : 2 * half : 2] = second * cos[:half] + first * signed_sin[half:]
+    return turned
 
 
 def add_lanes(lanes: list[F]) -> F:

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from offload_moe.chat import ChatSession, Piece
-from offload_moe.chat.prefix import CONTINUED_FAMILIES
+from offload_moe.chat.prefix import CONTINUED_FAMILIES, PrefixCache
 from offload_moe.chat.stream import TokenStream
 from offload_moe.errors import BudgetError, ConfigError
 from offload_moe.residency.counters import Counters
@@ -141,6 +141,20 @@ def test_an_interrupted_answer_is_kept_and_the_cache_stays_right(family: str) ->
     answer = text_of(session.send("go on", **GREEDY))
     assert session.last_stats.num_reused_tokens > 0
     assert answer == fresh_answer(session, model, tokenizer, "go on")
+
+
+def test_states_count_among_a_caches_bytes() -> None:
+    """Keys and values alone grow with the sequence."""
+    model = chat_model("qwen3_next")
+    prefix = PrefixCache(model)
+    prefix.begin([5, 6, 7, 8])
+    cache = prefix.cache
+    assert cache is not None
+    with torch.inference_mode():
+        model(torch.tensor([[5, 6, 7, 8]]), use_cache=True, past_key_values=cache)
+    states = [value for layer in cache.layers for value in getattr(layer, "recurrent_states", {}).values()]
+    assert states
+    assert prefix.num_bytes > sum(value.nbytes for value in states)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_oss", "qwen3_next"])

@@ -110,6 +110,18 @@ def test_projections_and_nothing_delicate() -> None:
     assert "lm_head" not in tied
 
 
+@pytest.mark.parametrize(
+    ("family", "in_projections"),
+    [("qwen3_next", {"in_proj_qkvz"}), ("qwen3_5_moe_text", {"in_proj_qkv", "in_proj_z"}), ("jamba", set())],
+)
+def test_projections_of_gated_delta_rules_and_of_no_other_state(family: str, in_projections: set[str]) -> None:
+    """Mamba reads its `in_proj` and `out_proj` as matrices; the small ones of delta rules are their gates."""
+    linears = projection_linears(build_skeleton(tiny_config(family)))
+    found = {name.rpartition(".")[2] for name in linears if ".mlp." not in name and ".self_attn." not in name}
+    feed_forward = {"gate_proj", "up_proj", "down_proj"} if family == "jamba" else set()
+    assert found - {"lm_head"} - feed_forward == in_projections | ({"out_proj"} if in_projections else set())
+
+
 def test_an_operation_that_may_mix_experts_is_refused() -> None:
     from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
 

@@ -1,9 +1,12 @@
 """Completion in a shell, out of the parsers."""
 
+import contextlib
 import os
+import pty
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -33,6 +36,18 @@ def candidates(*words: str) -> list[str]:
         (["chat", "--temperature", "0", "--policy", "lru"], ["lru", "lru-2"]),
         (["chat", "--hybrid", ""], ["auto", "off", "on"]),
         (["config", "c"], ["context"]),
+        (["config", "--unset", "v"], ["vram"]),
+        (["rm", ""], ["demo"]),
+        (["rm", "--yes", "d"], ["demo"]),
+        (["chat", "--codec=n"], ["--codec=nf4"]),
+        (
+            ["plan", "--dense-codec=int8", "--dense-codec="],
+            ["--dense-codec=bf16", "--dense-codec=int8", "--dense-codec=nf4"],
+        ),
+        (["chat", "--codec", "=", "n"], ["nf4"]),
+        (["chat", "--hybrid", "="], ["auto", "off", "on"]),
+        (["chat", "--codec", "=", "nf4", "d"], ["demo"]),
+        (["chat", "--temperature=0", "d"], ["demo"]),
         (["run", "demo", "d"], []),  # a prompt
         (["run", "--file", "d"], []),  # a file, which the shell completes
         (["run", "--plain", "de"], ["demo"]),
@@ -99,31 +114,54 @@ def test_another_shell_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "There is no shell 'fihs'. Did you mean fish?" in capsys.readouterr().err
 
 
+def install_in_bash(folder: Path, first: str) -> tuple[Path, dict[str, str]]:
+    """The script for bash, and an environment with a program for it, which begins with the line `first`."""
+    from offload_moe_cli.completion import install
+
+    script, _ = install("bash", {"XDG_DATA_HOME": str(folder)})
+    (folder / STORES / "my model").mkdir(parents=True)
+    program = folder / "bin" / "offload-moe"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\n{first}\nexec {sys.executable} -m tests.support.cli "$@"\n')
+    program.chmod(0o755)
+    return script, environment(folder, PATH=f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 @pytest.mark.parametrize(
     ("words", "expected"),
     [(["pl"], ["plan"]), (["chat", "my"], ["my model"]), (["chat", "--codec", "n"], ["nf4"])],
 )
 def test_bash_completes(words: list[str], expected: list[str], tmp_path: Path) -> None:
-    from offload_moe_cli.completion import install
-
-    script, _ = install("bash", {"XDG_DATA_HOME": str(tmp_path)})
-    (tmp_path / STORES / "my model").mkdir(parents=True)
-    program = tmp_path / "bin" / "offload-moe"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.support.cli "$@"\n')
-    program.chmod(0o755)
+    script, variables = install_in_bash(tmp_path, ":")
     code = (
         f"source {script}; COMP_WORDS=(offload-moe {' '.join(words)}); COMP_CWORD={len(words)};"
         " $(complete -p offload-moe | grep -o '_[a-z_]*');"
         ' printf "%s\\n" "${COMPREPLY[@]}"'
     )
-    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
-    run = subprocess.run(
-        ["bash", "--norc", "-c", code],
-        env=environment(tmp_path, PATH=path),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    run = subprocess.run(["bash", "--norc", "-c", code], env=variables, cwd=ROOT, capture_output=True, text=True)
     assert run.stdout.splitlines() == expected, run.stderr
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_a_program_gets_what_was_completed_at_the_prompt(tmp_path: Path) -> None:
+    """Names with spaces, begun in each way of quoting, and a value behind `=`."""
+    words = tmp_path / "words"
+    script, variables = install_in_bash(tmp_path, f'[ "$1" = --complete ] || exec printf "%s\\n" "$@" >>{words}')
+    typed = ("info my\t", "rm my\\ mo\t", 'chat "my mo\t', "chat --codec=n\t")
+    lines = "".join(f"offload-moe {line}\n" for line in typed)
+    shell, terminal = pty.openpty()
+    with subprocess.Popen(
+        ["bash", "--norc", "-i"], env=variables, cwd=ROOT, stdin=terminal, stdout=terminal, stderr=terminal
+    ) as bash:
+        os.close(terminal)
+        (limit := threading.Timer(120, bash.kill)).start()  # it waits for the end of a quotation that is left open
+        os.write(shell, f"source {script}\n{lines}exit\n".encode())
+        with contextlib.suppress(OSError):  # EIO once bash has left
+            while os.read(shell, 4096):
+                pass
+        limit.cancel()
+        assert bash.wait(30) == 0
+    os.close(shell)
+    expected = ["info", "my model", "rm", "my model", "chat", "my model", "chat", "--codec=nf4"]
+    assert words.read_text().splitlines() == expected

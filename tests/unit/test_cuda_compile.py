@@ -128,6 +128,7 @@ def test_experts_compile_without_spills(architecture: int) -> None:
     assert cubin[:4] == b"\x7fELF"
     assert found.keys() == names.keys()
     assert [problem for name in found for problem in sass.problems(names[name][0], 1, found[name])] == []
+    assert [name for name in found if found[name]["spills"]] == []
 
 
 @pytest.mark.skipif(nvrtc_path() is None, reason="no NVRTC: pip install nvidia-cuda-nvrtc")

@@ -1,5 +1,9 @@
 """What the fast path recognizes, and what it must leave alone."""
 
+import ast
+import re
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +21,9 @@ from offload_moe.decode.rotary import BLOCK, RotaryTable, StepRotary, rotate
 from offload_moe.decode.router import shorten_routers
 from offload_moe.decode.shorten import shorten_attention
 from offload_moe.quant import get_codec
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "offload_moe"
 
 
 def filled(norm: nn.Module) -> nn.Module:
@@ -310,9 +317,42 @@ def test_an_error_of_our_own_code_in_a_check_is_no_refusal(
         fuse_norms(filled(LlamaRMSNorm(16)), is_exact=True)
 
 
+def test_an_error_of_torch_in_a_call_of_ours_is_no_refusal() -> None:
+    """Its innermost lines are those of torch's Python code; the module's own calls of the same are its refusals."""
+    weight = torch.ones(1, 1, 16)
+    ours = FusedRMSNorm(weight, 1e-6, is_exact=True)
+    with pytest.raises(ValueError, match="at least 3 dimensions"):
+        fuse_norms(filled(WithPart(16, ours)), is_exact=True)
+    theirs = partial(functional.rms_norm, normalized_shape=[1, 1, 16], weight=weight)
+    assert fuse_norms(filled(WithPart(16, theirs)), is_exact=True) == 0
+
+
 def test_an_error_in_a_part_of_ours_inside_of_a_module_is_no_refusal() -> None:
     """A record of another shape than its layer says: the first line that fails is ours."""
     linear = quantize_linear(torch.randn(8, 16), get_codec("int8"))
     norm = filled(WithPart(16, lambda x: QuantLinear.forward(linear, x[..., :3])))
     with pytest.raises(RuntimeError, match="invalid for input"):
         fuse_norms(norm, is_exact=True)
+
+
+def replaces_a_forward(tree: ast.AST) -> bool:
+    """Whether a source sets the forward of a module, or another module in its place."""
+    nodes = list(ast.walk(tree))
+    targets = [target for node in nodes if isinstance(node, ast.Assign) for target in node.targets]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr"]
+    return any(isinstance(target, ast.Attribute) and target.attr == "forward" for target in targets) or any(
+        ast.unparse(call.args[0]) not in ("self", "cache", "hf") for call in calls
+    )
+
+
+def test_every_replacement_is_listed() -> None:
+    """In the table of decision 060; what is set on models and caches stands in a section of its own."""
+    text = (ROOT / "docs/decisions/060-fast-path.md").read_text("utf-8")
+    table = "".join(line for line in text.splitlines() if line.startswith("| `"))
+    paths = [path for path in sorted((PACKAGE / "decode").glob("*.py")) if path.stem != "__init__"]
+    found = {path.name for path in paths if replaces_a_forward(ast.parse(path.read_text("utf-8")))}
+    assert {"delta.py", "norm.py", "mlp.py", "latent.py", "shorten.py"} <= found
+    assert not {name for name in found if f"`{name}`" not in table}
+    section = text.split("## What is set on transformers' objects")[1].split("\n## ")[0]
+    sources = "".join(path.read_text("utf-8") for path in PACKAGE.rglob("*.py"))
+    assert set(re.findall(r"_offload_moe_\w+", section)) == set(re.findall(r'"(_offload_moe_\w+)"', sources))

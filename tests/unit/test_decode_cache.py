@@ -201,6 +201,26 @@ def test_a_window_moves_through_its_room_in_place() -> None:
     assert layer.keys.untyped_storage().nbytes() <= 2 * STEP * 2 * 6 * 4
 
 
+@pytest.mark.parametrize("kind", [DynamicLayer, partial(DynamicSlidingWindowLayer, 6)])
+def test_a_token_is_given_the_place_where_its_chunk_begins(kind: Any) -> None:
+    """Chunks of 6: behind 4, passes of 3, 5 and 1 tokens."""
+    cache = DynamicCache()
+    cache.layers = [kind()]
+    cache.update(*states(1, 4, 0), 0)
+    give_room(cache)
+    layer, begin = cache.layers[0], 4
+    for num_tokens in (3, 5, 1):
+        fields = layer.places(num_tokens, 6)
+        keys, values, last = layer.place
+        for row in range(num_tokens):
+            key_address, value_address, _, length = fields[4 * row : 4 * row + 4]
+            own = last - num_tokens + 1 + row
+            assert length == (begin + row) % 6
+            assert key_address == keys[0, 0, own - length].data_ptr()
+            assert value_address == values[0, 0, own - length].data_ptr()
+        begin += num_tokens
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_it_keeps_the_dtype(dtype: torch.dtype) -> None:
     layer = RoomyLayer()

@@ -24,7 +24,7 @@ from tests.support.plan import CONFIGS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
-    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
+    *(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 # A line of shell: what is piped in, and the command up to a comment, a pipe or a file it is written to.
@@ -41,6 +41,17 @@ def test_the_reference_is_what_the_parsers_say() -> None:
     reference = runpy.run_path(str(ROOT / "scripts" / "cli_reference"))["reference"]
     said = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert reference(load_cli().build_parser()) == said, "run scripts/cli_reference"
+
+
+def test_the_tables_are_what_the_results_say() -> None:
+    made = runpy.run_path(str(ROOT / "scripts" / "benchmark_tables"))["made"]
+    pages = [page.read_text(encoding="utf-8") for page in PAGES]
+    tables = [page for page in pages if "<!-- table " in page]
+    assert len(tables) >= 2
+    for page in tables:
+        without = re.sub(r"(?<=-->\n)\n\|.*?(?=<!-- end -->)", "", page, flags=re.DOTALL)
+        assert len(without) < len(page) - 500
+        assert made(without) == page, "run scripts/benchmark_tables"
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,8 @@ EXAMPLES_OF_COMMANDS = sorted({(shown.command, shown.typed) for shown in SHOWN i
 # Held by tests of their own: tests/integration/test_doctor_self_test.py, for it takes ten seconds, and
 # tests/integration/test_serve_docs.py, for a server ends by a signal.
 LONG = ("doctor --self-test", "serve")
+STORES = ("mixtral-store", "granite-store")
+GRANITE = "ibm-granite/granite-3.0-1b-a400m-instruct"
 
 
 @pytest.mark.parametrize("shown", SHOWN, ids=lambda shown: f"{shown.page}: {shown.command}")
@@ -88,10 +101,11 @@ def folder_of_the_reader(small_demo: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OFFLOAD_MOE_CONFIG", str(tmp_path / "config.toml"))
     monkeypatch.chdir(tmp_path)
-    for copy in (checkpoint_folder(tmp_path / "cache"), Path("mistralai/Mixtral-8x7B-Instruct-v0.1")):
+    for copy in (checkpoint_folder(tmp_path / "cache"), Path("mistralai/Mixtral-8x7B-Instruct-v0.1"), Path(GRANITE)):
         shutil.copytree(small_demo.with_name("model"), copy)
-    shutil.copytree(small_demo, "mixtral-store")
-    write_model(tmp_path / "gguf", "qwen3_moe").path.rename("Qwen3-30B-A3B-Q4_K_M.gguf")
+    for store in STORES:
+        shutil.copytree(small_demo, store)
+    shutil.copy(small_demo.with_name("model.gguf"), "Qwen3-30B-A3B-Q4_K_M.gguf")
     for name in ("Mixtral-8x7B-v0.1", "DeepSeek-V3"):
         shutil.copy(CONFIGS / f"{name}.json", tmp_path)
     Path("deepseek-ai/DeepSeek-V3").mkdir(parents=True)
@@ -110,16 +124,26 @@ def test_every_command_that_is_shown_runs(
     if command.startswith(LONG):
         pytest.skip("has a test of its own")
     if command.startswith("quantize"):
-        shutil.rmtree("mixtral-store")
+        shutil.rmtree(written := shlex.split(command)[2])
     monkeypatch.setattr("offload_moe.doctor.examination.measurements", lambda _: [])
     monkeypatch.setattr("sys.stdin", io.StringIO(typed or "Hello.\n"))
     status = load_cli().main(shlex.split(command))
     streams = capsys.readouterr()
     assert status == ("Does not fit" in streams.out), streams.err
     if command.startswith("quantize"):
-        assert Store.open("mixtral-store").num_experts == 4
+        assert Store.open(written).num_experts == 4
     elif not command.startswith("config "):
         assert streams.out.strip()
+
+
+def test_the_plan_of_the_tutorial_is_what_plan_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    command, *shown = re.search(r"^    \$ offload-moe (plan .*\n(?:    .*\n)+)", page, re.MULTILINE)[1].splitlines()
+    load_cli().main(["plan", str(CONFIGS / "granite-3.0-1b-a400m.json"), *command.split()[2:]])
+    printed = capsys.readouterr().out
+    lines = [line.strip().removeprefix("...") for line in shown]
+    assert len(lines) == 5
+    assert all(line in printed for line in lines)
 
 
 def test_every_check_of_the_first_hour_exists() -> None:
@@ -154,6 +178,15 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_every_page_is_in_the_menu_of_the_site() -> None:
+    """`scripts/docs` checks the links; the pages of the root and the decisions come from its hook."""
+    menu = [
+        name for _, name in re.findall(r"^ +- ([^:]+): (\S+)\.md$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    ]
+    pages = [page.stem for page in PAGES if page.parent.name == "docs"]
+    assert sorted(menu) == sorted([*pages, "index", "changelog", "contributing", "security"])
+
+
 # A file or folder of ours, from the root of the project or of the package; transformers' own are left out.
 NAMED = re.compile(r"`((?!transformers/)(?:[a-z_]\w*/)+(?:[\w-]+\.(?:py|c|h))?)`")
 
@@ -183,12 +216,13 @@ EXAMPLES = [
 
 @pytest.fixture(scope="module")
 def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store of what stands in for the demo model; its checkpoint lies beside it."""
+    """The store of what stands in for the demo model; its checkpoint and a GGUF file lie beside it."""
     folder = tmp_path_factory.mktemp("docs") / "model"
     model = chat_model("mixtral", num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=16384)
     model.generation_config.max_new_tokens = 8
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
+    write_model(folder.with_name("gguf"), "qwen3_moe").path.rename(folder.with_name("model.gguf"))
     return quantize(folder, folder.parent / "store")
 
 

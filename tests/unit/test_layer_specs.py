@@ -11,10 +11,10 @@ from support.checkpoints import tiny_config
 from torch import Tensor, nn
 
 from offload_moe.card.model import why_not
-from offload_moe.checkpoint.skeleton import auto_class
+from offload_moe.checkpoint.skeleton import auto_class, build_skeleton
 from offload_moe.families.layer_classes import LAYERS
 from offload_moe.families.layer_reference import layer_output
-from offload_moe.families.layer_spec import LayerSpec, NormSpec
+from offload_moe.families.layer_spec import AttentionSpec, LayerSpec, NormSpec, QueryScale
 from offload_moe.families.limits import layer_limits
 from offload_moe.families.read_layer import layer_spec
 
@@ -42,6 +42,13 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "GraniteMoeSharedDecoderLayer": ("granitemoeshared", {"residual_multiplier": 0.4, "shared_intermediate_size": 24}),
     "HYV3DecoderLayer": ("hy_v3", {"router_scaling_factor": 1.7}),
     "HunYuanMoEV1DecoderLayer": ("hunyuan_v1_moe", {"moe_topk": 3}),
+    "Llama4TextDecoderLayer": (
+        "llama4_text",
+        {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 0, 0, 1], "moe_layers": [0, 2, 4], "attention_bias": True}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+        | {"attention_chunk_size": 4, "floor_scale": 3, "attn_scale": 0.7}
+        | {"layer_types": [*["chunked_attention"] * 2, "full_attention", "chunked_attention", "full_attention"]},
+    ),
     "MiniMaxM2DecoderLayer": ("minimax_m2", {}),
     "MixtralDecoderLayer": ("mixtral", {"sliding_window": 4}),
     "OlmoeDecoderLayer": ("olmoe", {"clip_qkv": 0.6, "norm_topk_prob": False}),
@@ -153,15 +160,21 @@ def test_what_the_kernels_compute_of_a_class_follows_from_its_usual_spec(class_n
 
 
 @pytest.mark.parametrize(
-    ("class_name", "reason"),
+    ("family", "changes", "reasons"),
     [
-        ("PhimoeDecoderLayer", "layer norms and a sparse mixer"),
-        ("MixtralDecoderLayer", ""),
-        ("HunYuanMoEV1DecoderLayer", "attention with norms of queries and keys after the rotation"),
+        ("hunyuan_v1_moe", {}, ["norms of queries and keys after the rotation"]),
+        ("llama4_text", {}, ["norms of queries and keys after the rotation", "chunks"]),
+        ("llama4_text", {"no_rope_layers": [0, 0, 0]}, ["queries scaled by their position"]),
+        ("phimoe", {}, ["layer norms", "a sparse mixer"]),
+        ("qwen3_moe", {}, []),
     ],
 )
-def test_the_device_pass_refuses_what_it_has_no_kernel_for(class_name: str, reason: str) -> None:
-    assert why_not(usual_model(class_name)) == reason
+def test_the_device_pass_refuses_what_it_has_no_kernel_for(
+    family: str, changes: dict[str, Any], reasons: list[str]
+) -> None:
+    why = why_not(build_skeleton(tiny_config(family, **changes)))
+    assert all(reason in why for reason in reasons)
+    assert bool(why) == bool(reasons)
 
 
 def norm_mutants(spec: LayerSpec) -> Iterator[LayerSpec]:
@@ -206,20 +219,31 @@ def attention_mutants(spec: LayerSpec) -> Iterator[LayerSpec]:
     attention = spec.attention
     changes: list[dict[str, Any]] = [{"scaling": attention.scaling * 1.1}]
     changes += [{"rotary": kind} for kind in ("halves", "pairs", "none") if kind != attention.rotary]
-    changes += [{"sliding_window": (attention.sliding_window or NUM_TOKENS) - 1}]
-    if attention.norm_span != "none":
-        changes += [{"norm_span": "none"}, {"query_norm": attention.key_norm}]
-    if attention.norm_span == "head" and attention.rotary != "none":
+    changes += [{"sliding_window": (attention.sliding_window or attention.chunk or NUM_TOKENS) - 1}]
+    changes += [{"chunk": (attention.chunk or NUM_TOKENS) - 1}]
+    if attention.latent is None:
+        changes += [{"query_scale": other_scale(attention)}]
+    norm = attention.query_norm if attention.norm_span != "none" else None
+    if norm is not None:
+        changes += [{"norm_span": "none"}, {"query_norm": replace(norm, epsilon=norm.epsilon + 0.3)}]
+    if norm is not None and norm.has_weight:
+        changes += [{"query_norm": attention.key_norm}]
+    if norm is not None and norm.has_weight and attention.norm_span == "head" and attention.rotary != "none":
         changes += [{"is_normed_rotated": not attention.is_normed_rotated}]
     changes += [{name: ""} for name in ("sinks", "gate") if getattr(attention, name)]
     changes += [{name: None} for name in ("clip",) if getattr(attention, name)]
     changes += [{name: False} for name in ("has_bias", "has_output_bias") if getattr(attention, name)]
     if attention.latent is None and attention.rotary != "none":
         changes += [{"rotated_dims": attention.rotated_dims // 2}]
-    same_sizes = attention.query_norm is None or attention.norm_span == "head"
+    same_sizes = norm is None or attention.norm_span == "head"
     for change in changes:
-        if same_sizes or "query_norm" not in change:
+        if same_sizes or change.get("query_norm") != attention.key_norm:
             yield replace(spec, attention=replace(attention, **change))
+
+
+def other_scale(attention: AttentionSpec) -> QueryScale:
+    scale = attention.query_scale or QueryScale(step=3.0, strength=0.2)
+    return replace(scale, strength=scale.strength * 1.5)
 
 
 def mlp_mutants(spec: LayerSpec) -> Iterator[LayerSpec]:

@@ -11,6 +11,8 @@ import pytest
 
 from offload_moe.errors import NativeLibraryError
 from offload_moe.native import abi, library, structs
+from offload_moe.native.constants import CONSTANTS
+from offload_moe.quant.layout import BLOCK
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = library.load_library()
@@ -119,3 +121,7 @@ def test_importing_without_a_library_is_a_named_error(tmp_path: Path) -> None:
     last = run.stderr.splitlines()[-1]
     assert last.startswith("offload_moe.errors.NativeLibraryError: The native library is not built")
     assert "scripts/install" in last
+
+
+def test_records_and_kernels_have_the_same_blocks() -> None:
+    assert CONSTANTS["OM_BLOCK"] == BLOCK

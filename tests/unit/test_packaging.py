@@ -2,6 +2,8 @@
 
 import re
 import runpy
+import shutil
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -10,9 +12,11 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 from zipfile import ZipFile
 
 import pytest
+from packaging.requirements import Requirement
 from setuptools import Distribution
 
 from offload_moe.native import library
@@ -143,6 +147,37 @@ def test_a_wheel_is_for_every_python_of_its_platform(monkeypatch: pytest.MonkeyP
     assert Path(library.load_library()._name) == ROOT / built
 
 
+def test_zig_compiles_for_every_processor(backend: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And not for the one that it runs on, which is its default; files of an instruction set have their own flags."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("setuptools.setup", given.update)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    runpy.run_path(str(ROOT / "setup.py"))
+    distribution = Distribution({"name": "offload-moe", "version": "1", "ext_modules": given["ext_modules"]})
+    build = given["cmdclass"]["build_ext"](distribution)
+    build.ensure_finalized()
+    build.build_lib, build.build_temp, build.command = str(tmp_path), str(tmp_path), backend.ZIG
+    build.compiler = Mock()
+    build.compiler.compile.side_effect = lambda sources, **_: sources
+    (extension,) = given["ext_modules"]
+    build.build_extension(extension)
+    flags = [call.kwargs["extra_postargs"] for call in build.compiler.compile.call_args_list]
+    assert len(flags) == len(extension.sources) > 10
+    assert all("-mcpu=baseline" in each for each in flags)
+    assert any("-mavx2" in each for each in flags) is backend.IS_X86
+    assert "-mcpu=baseline" in build.compiler.set_executables.call_args.kwargs["linker_so"]
+
+
+def test_the_compiler_that_is_fetched_is_one_that_builds_the_wheels() -> None:
+    """Earlier ones cannot compile all files."""
+    backend = runpy.run_path(str(ROOT / "build_backend.py"))
+    pinned = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["wheels"]
+    (version,) = (Requirement(each).specifier for each in pinned if each.startswith("ziglang"))
+    fetched = Requirement(backend["COMPILER_PACKAGE"]).specifier
+    assert str(version).removeprefix("==") in fetched
+    assert not any(earlier in fetched for earlier in ("0.14.0", "0.15.1", "0.16.0"))
+
+
 def test_wheels_are_checked_for_every_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     monkeypatch.setattr("sys.path", list(sys.path))
@@ -163,11 +198,11 @@ def test_wheels_are_checked_for_every_instruction_set(monkeypatch: pytest.Monkey
     ],
 )
 def test_a_wheel_has_the_package_and_nothing_else(
-    added: list[str], left_out: list[str], wrong: str, tmp_path: Path
+    added: list[str], left_out: list[str], wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracked = ["offload_moe/__init__.py", "offload_moe/demo/split.safetensors", "cli/main.py", "setup.py"]
     check = BUILD_WHEELS["check_contents"]
-    check.__globals__["tracked"] = lambda: [*tracked, "offload_moe/native/csrc/abi.c"]
+    monkeypatch.setitem(check.__globals__, "tracked", lambda: [*tracked, "offload_moe/native/csrc/abi.c"])
     names = {*tracked[:2], "offload_moe_cli/main.py", "offload_moe/native/_native.so", *added}
     names |= {f"offload_moe-1.dist-info/{name}" for name in BUILD_WHEELS["METADATA"]}
     with ZipFile(tmp_path / "a.whl", "w") as archive:
@@ -176,6 +211,74 @@ def test_a_wheel_has_the_package_and_nothing_else(
     expected = pytest.raises(BUILD_WHEELS["WheelError"], match=f"{re.escape(wrong)}$") if wrong else nullcontext()
     with expected:
         check(tmp_path / "a.whl")
+
+
+@pytest.fixture
+def build_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The script, in a committed tree of one file, with a build that takes no time. The folder that it builds into."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "a.py").write_text("a = 1\n")
+    identity = ["-c", "user.name=x", "-c", "user.email=x@x"]
+    for words in (["init", "--quiet"], ["add", "."], [*identity, "commit", "--quiet", "--message", "x"]):
+        subprocess.run(["git", *words], cwd=tree, check=True)
+    inside = BUILD_WHEELS["main"].__globals__
+    for name in ("check_contents", "check_instructions", "check_glibc"):
+        monkeypatch.setitem(inside, name, lambda *_: None)
+    monkeypatch.setitem(inside, "ROOT", tree)
+    monkeypatch.setitem(inside, "tracked", lambda: ["a.py"])
+    monkeypatch.setattr("sys.argv", ["build_wheels", "linux-x86_64", "macos-arm64", "--out", str(tmp_path / "dist")])
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    really_run = subprocess.run
+
+    def run(command: list[str], **options: Any) -> "subprocess.CompletedProcess[Any]":
+        if "build" not in command:
+            return really_run(command, **options)
+        (out := Path(command[command.index("--outdir") + 1])).mkdir(exist_ok=True)
+        tag = command[-2].partition("--plat-name=")[2]
+        (out / f"offload_moe-2-py3-none-{tag}.whl").write_bytes(Path(command[-1], "a.py").read_bytes())
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return tmp_path / "dist"
+
+
+def test_a_wheel_of_another_version_stays_beside_the_new_one(build_wheels: Path) -> None:
+    build_wheels.mkdir()
+    older = build_wheels / "offload_moe-1-py3-none-macosx_11_0_arm64.whl"
+    older.write_bytes(b"older")
+    assert BUILD_WHEELS["main"]() == 0
+    assert {path.name: path.read_bytes() for path in build_wheels.iterdir()} == {
+        older.name: b"older",
+        "offload_moe-2-py3-none-macosx_11_0_arm64.whl": b"a = 1\n",
+        "offload_moe-2-py3-none-manylinux_2_28_x86_64.whl": b"a = 1\n",
+    }
+
+
+def test_wheels_are_built_from_commits(build_wheels: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = build_wheels.parent / "tree"
+    (tree / "not-tracked.txt").touch()
+    assert BUILD_WHEELS["main"]() == 0
+    (tree / "a.py").write_text("a = 2\n")
+    capsys.readouterr()
+    assert BUILD_WHEELS["main"]() == 1
+    assert capsys.readouterr().err.endswith("wheels are built from commits:\n M a.py\n")
+
+
+@pytest.mark.parametrize(
+    ("found", "said"), [("/bin/llvm-objdump", "checked"), (None, "not disassembled, as llvm-objdump is not installed")]
+)
+def test_what_was_not_disassembled_is_not_called_checked(
+    found: str | None,
+    said: str,
+    build_wheels: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: found)
+    assert BUILD_WHEELS["main"]() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(" MB, ")[2] for line in lines] == [said, said]
 
 
 def test_c_sources_are_in_the_source_archive_only() -> None:

@@ -1,4 +1,4 @@
-"""What every replacement policy promises, and what each adds to that."""
+"""What every replacement policy promises, those of installed extensions included, and what each adds to that."""
 
 import ast
 import math
@@ -9,9 +9,10 @@ import pytest
 import offload_moe.residency.policy as policy_package
 from offload_moe.errors import ConfigError
 from offload_moe.residency.keys import ExpertKeys
-from offload_moe.residency.policy import DEFAULT_POLICY, POLICY_NAMES, Policy, make_policy
+from offload_moe.residency.policy import DEFAULT_POLICY, POLICY_NAMES, Policy, make_policy, policy_names
 from offload_moe.residency.policy.frequency import DecayedFrequency
 
+EXAMPLE = "least-weight"  # of examples/extension
 NUM_LAYERS, NUM_EXPERTS = 2, 8
 STANDARD = {"abc", "array", "collections", "ctypes", "heapq", "itertools", "math", "typing"}
 
@@ -39,14 +40,21 @@ def drain(policy: Policy) -> list[int]:
     return victims
 
 
-@pytest.fixture(params=POLICY_NAMES)
-def policy(request: pytest.FixtureRequest) -> Policy:
-    return make(request.param)
+@pytest.fixture(params=(*policy_names(), EXAMPLE))
+def name(request: pytest.FixtureRequest) -> str:
+    if request.param == EXAMPLE:
+        request.getfixturevalue("example")
+    return str(request.param)
+
+
+@pytest.fixture
+def policy(name: str) -> Policy:
+    return make(name)
 
 
 class TestContract:
-    def test_knows_its_name(self) -> None:
-        assert [make(name).name for name in POLICY_NAMES] == list(POLICY_NAMES)
+    def test_knows_its_name(self, name: str) -> None:
+        assert make(name).name == name
 
     def test_nothing_resident_gives_no_victim(self, policy: Policy) -> None:
         policy.access(0, [1, 2])
@@ -86,11 +94,10 @@ class TestContract:
         policy.insert(9)
         assert sorted(drain(policy)) == [5, 9]
 
-    def test_serves_a_single_layer_with_model_wide_keys(self) -> None:
-        for name in POLICY_NAMES:
-            policy = make_policy(name, ExpertKeys([NUM_EXPERTS] * 6), num_slots=4, layers=range(5, 6))
-            use(policy, 40, 47, layer=5)
-            assert sorted(drain(policy)) == [40, 47]
+    def test_serves_a_single_layer_with_model_wide_keys(self, name: str) -> None:
+        policy = make_policy(name, ExpertKeys([NUM_EXPERTS] * 6), num_slots=4, layers=range(5, 6))
+        use(policy, 40, 47, layer=5)
+        assert sorted(drain(policy)) == [40, 47]
 
     def test_weights_are_accepted(self, policy: Policy) -> None:
         policy.access(1, [9, 8], [0.75, 0.25])
@@ -114,32 +121,30 @@ class TestContract:
             policy.access(1, [NUM_EXPERTS])
         assert policy.victim(nobody) == cold
 
-    def test_a_pool_of_another_size_forgets_nothing(self) -> None:
-        for name in POLICY_NAMES:
-            one, two = make(name), make(name)
-            for policy in (one, two):
-                for token in range(30):
-                    policy.access(0, [token * token % 8, 7])
-                    policy.access(1, [8 + token % 3])
-                for key in range(11):
-                    policy.insert(key)
-                if policy is two:
-                    policy.resize(16)
-                    policy.resize(4)
-            assert drain(one) == drain(two)
+    def test_a_pool_of_another_size_forgets_nothing(self, name: str) -> None:
+        one, two = make(name), make(name)
+        for policy in (one, two):
+            for token in range(30):
+                policy.access(0, [token * token % 8, 7])
+                policy.access(1, [8 + token % 3])
+            for key in range(11):
+                policy.insert(key)
+            if policy is two:
+                policy.resize(16)
+                policy.resize(4)
+        assert drain(one) == drain(two)
 
-    def test_same_calls_give_the_same_victims(self) -> None:
-        for name in POLICY_NAMES:
-            one, two = make(name), make(name)
-            for policy in (one, two):
-                for token in range(50):
-                    use(policy, token * 3 % 8)
-                    use(policy, 8 + token * 5 % 8, layer=1)
-                    for _ in range(2):
-                        policy.remove(policy.victim(nobody) or 0)
-                policy.insert(3)
-                policy.insert(4)
-            assert drain(one) == drain(two)
+    def test_same_calls_give_the_same_victims(self, name: str) -> None:
+        one, two = make(name), make(name)
+        for policy in (one, two):
+            for token in range(50):
+                use(policy, token * 3 % 8)
+                use(policy, 8 + token * 5 % 8, layer=1)
+                for _ in range(2):
+                    policy.remove(policy.victim(nobody) or 0)
+            policy.insert(3)
+            policy.insert(4)
+        assert drain(one) == drain(two)
 
 
 class TestFactory:
@@ -230,6 +235,7 @@ def test_no_policy_imports_torch_or_a_room_above() -> None:
     allowed = {
         "numpy",
         "offload_moe.errors",
+        "offload_moe.system.extensions",
         "offload_moe.system.names",
         "offload_moe.native.library",
         "offload_moe.native.structs",

@@ -5,12 +5,15 @@ import json
 import numpy as np
 import pytest
 
+from offload_moe.errors import ConfigError
 from offload_moe.profile.balance import balance, dropped_share
 from offload_moe.profile.behaviour import Favourite, coactivation, overlap, preferences
 from offload_moe.profile.costs import Costs, costs
-from offload_moe.profile.curves import VARIANTS, curve_of
+from offload_moe.profile.curves import VARIANTS, curve_of, variants
+from offload_moe.profile.page import make_page
 from offload_moe.profile.replay import replay
 from offload_moe.profile.report import ProfileReport, make_report, report_to_json
+from tests.support.extensions import Site
 from tests.support.profile import METADATA, full_trace, routing_only
 
 
@@ -176,6 +179,30 @@ class TestCurves:
         now = report.curves.now
         assert now is not None
         assert (now.policy, now.num_slots, now.share, now.hit_rate) == ("lru", 4, 0.5, 5 / 8)
+
+    def test_the_policy_of_an_extension_that_was_recorded_is_compared_too(self, site: Site) -> None:
+        entries = {"offload_moe.policies": {"acme": "acme:Acme", "other": "absent:Other"}}
+        code = "from offload_moe.residency.policy.frequency import LFU\nclass Acme(LFU):\n    def __init__(self, *_): "
+        site.write("acme-moe", entries, acme=f"{code}super().__init__()\n")
+        report = make_report(full_trace(metadata=json.dumps(METADATA | {"policy": "acme"})), progress=quiet)
+        hits = [[p.hit_rate for p in curve_of(report.curves.points, policy)] for policy in ("acme", "lfu", "lru")]
+        assert hits[0] == hits[1] != hits[2]
+        assert report.curves.more_memory is not None
+        assert report.curves.more_memory.hit_rate_now == hits[0][3]
+        page = make_page(report)
+        assert "acme" in page
+        assert "other" not in variants(report.curves.points)
+
+    @pytest.mark.parametrize("policy", ["acme", "lru-9", ""])
+    def test_a_recorded_policy_that_is_not_there_is_an_error(self, policy: str) -> None:
+        with pytest.raises(ConfigError, match=f"There is no policy '{policy}'"):
+            make_report(full_trace(metadata=json.dumps(METADATA | {"policy": policy})), progress=quiet)
+
+    def test_a_recording_that_names_no_policy_was_made_with_the_default(self) -> None:
+        metadata = {name: value for name, value in METADATA.items() if name != "policy"}
+        now = make_report(full_trace(metadata=json.dumps(metadata)), progress=quiet).curves.now
+        assert now is not None
+        assert now.policy == "knn"
 
     def test_two_more_gib_are_two_more_slots(self, report: ProfileReport) -> None:
         more = report.curves.more_memory

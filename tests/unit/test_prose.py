@@ -4,57 +4,38 @@ import ast
 import io
 import re
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import offload_moe
 from offload_moe import errors
+from tests.unit.test_architecture import FLOW
 
 ROOT = Path(__file__).parents[2]
-ROOMS = [
-    "cli",
-    *(
-        f"offload_moe/{room}"
-        for room in (
-            "system",
-            "checkpoint",
-            "quant",
-            "convert",
-            "store",
-            "plan",
-            "simulate",
-            "profile",
-            "serve",
-            "doctor",
-            "demo",
-            "decode",
-            "families",
-            "experts",
-            "engine",
-            "chat",
-            "native",
-            "memory",
-            "residency",
-            "speculate",
-        )
-    ),
-]
-SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+PACKAGE = ROOT / "offload_moe"
+BUILD = [ROOT / "build_backend.py", ROOT / "setup.py"]
+SOURCES = {
+    "cli": sorted((ROOT / "cli").rglob("*.py")),
+    "package": [*sorted(PACKAGE.glob("*.py")), *BUILD],
+    **{room: sorted((PACKAGE / room).rglob("*.py")) for room in FLOW},
+}
+C_SOURCES = [path for path in sorted(PACKAGE.rglob("*")) if path.suffix in (".c", ".h", ".cu", ".cuh")]
 # docs/LOG.md is a record of its time; docs/cli.md is made from the sources.
 DOCUMENTS = [
     path
     for folder in ("docs", "docs/decisions")
     for path in sorted((ROOT / folder).glob("*.md"))
     if path.name not in ("LOG.md", "cli.md")
-] + [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+] + [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
 # A program is no person, and names that were replaced must not return.
 BANNED = re.compile(
     r"\b(hears?|heard|told|whoever|nobody|somebody|himself|patience|onlookers?|rides?|lean|wants?|wanted|foretells?|"
     r"foretold|by itself|at hand|for good|asks?|asking|tells?|telling|knows|remembers?|forgets?)\b",
     re.IGNORECASE,
 )
+C_PROSE = re.compile(r"""'(?:\\.|[^'\\])'|"(?:\\.|[^"\\])*"|//[^\n]*|/\*.*?\*/""", re.DOTALL)
 CODE_SPAN = re.compile(r"```.*?```|`[^`]*`|\{[^}]*\}|\([^()\s]*\.md[^()\s]*\)", re.DOTALL)
 ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type)}
 PARAMETER = re.compile(r"[a-z_, ]+: ")
@@ -68,14 +49,32 @@ def prose(source: str) -> Iterator[tuple[int, str]]:
             yield token.start[0], token.string
 
 
+def c_prose(source: str) -> Iterator[tuple[int, str]]:
+    """The same of C."""
+    for token in C_PROSE.finditer(source):
+        if not token[0].startswith("'"):
+            yield source.count("\n", 0, token.start()) + 1, token[0]
+
+
 def banned(text: str) -> list[str]:
     return BANNED.findall(CODE_SPAN.sub("", text))
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_sources_have_no_banned_word(path: Path) -> None:
-    found = [(line, words) for line, text in prose(path.read_text("utf-8")) if (words := banned(text))]
-    assert not found
+def found(path: Path, prose_of: Callable[[str], Iterator[tuple[int, str]]] = prose) -> list[str]:
+    """Places of banned words in a source."""
+    lines = prose_of(path.read_text("utf-8"))
+    return [f"{path.relative_to(ROOT)}:{line}: {words}" for line, text in lines if (words := banned(text))]
+
+
+@pytest.mark.parametrize("room", SOURCES)
+def test_sources_have_no_banned_word(room: str) -> None:
+    assert len(SOURCES[room]) > 1
+    assert not [place for path in SOURCES[room] for place in found(path)]
+
+
+def test_c_sources_have_no_banned_word() -> None:
+    assert len(C_SOURCES) > 100
+    assert not [place for path in C_SOURCES for place in found(path, c_prose)]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -86,6 +85,8 @@ def test_documents_have_no_banned_word(path: Path) -> None:
 def test_banned_words_are_found() -> None:
     source = 'x = "a slot is lent"  # whoever\ny = f"{told} it Hears"\n"""`ride` of a\npatience."""\n'
     assert [banned(text) for _, text in prose(source) if banned(text)] == [["whoever"], ["Hears"], ["patience"]]
+    in_c = 'int told = \'"\'; /* it\nknows */ say("tells \\" it"); // of whoever\n#define WANTS'
+    assert [(line, banned(text)) for line, text in c_prose(in_c)] == [(1, ["knows"]), (2, ["tells"]), (2, ["whoever"])]
 
 
 def public(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.ClassDef]:
@@ -120,12 +121,10 @@ def faults(source: str) -> list[str]:
     return found
 
 
-LIBRARY = [path for path in SOURCES if path.is_relative_to(ROOT / "offload_moe")]
-
-
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
-def test_public_docstrings_have_purpose_and_errors(path: Path) -> None:
-    assert not faults(path.read_text("utf-8"))
+@pytest.mark.parametrize("room", SOURCES.keys() - {"cli"})
+def test_public_docstrings_have_purpose_and_errors(room: str) -> None:
+    wrong = [(path, faults(path.read_text("utf-8"))) for path in SOURCES[room]]
+    assert not [(path.relative_to(ROOT), each) for path, each in wrong if each]
 
 
 def test_faults_are_found() -> None:

@@ -10,7 +10,7 @@ from offload_moe.errors import ConfigError
 from offload_moe.profile.belady import NEVER, next_uses
 from offload_moe.profile.replay import parse_slots, replay, replay_report
 from offload_moe.profile.trace import Trace, load_trace
-from offload_moe.residency.policy import POLICY_NAMES
+from offload_moe.residency.policy import policy_names
 
 REAL = Path(__file__).parent.parent / "data" / "gpt-oss-20b-decode-head.npz"
 
@@ -40,13 +40,13 @@ class TestLeases:
         assert result.num_hits == 1  # 2 was the last wave of the first token
         assert result.num_evictions == 2 + 2
 
-    @pytest.mark.parametrize("policy", [*POLICY_NAMES, "belady"])
+    @pytest.mark.parametrize("policy", [*policy_names(), "belady"])
     def test_everything_fits(self, policy: str) -> None:
         result = replay(one_layer([0, 1], [2, 3], [0, 3], [1, 2]), policy, num_slots=4)
         assert result.num_hits == 4
         assert result.num_evictions == 0
 
-    @pytest.mark.parametrize("policy", [*POLICY_NAMES, "belady"])
+    @pytest.mark.parametrize("policy", [*policy_names(), "belady"])
     @pytest.mark.parametrize("num_slots", [1, 2, 3])
     def test_every_policy_survives_tiny_pools(self, policy: str, num_slots: int) -> None:
         random = np.random.default_rng(0).random((30, 2, 6))
@@ -116,6 +116,6 @@ class TestRealTrace:
     def test_belady_bounds_every_policy(self) -> None:
         real = load_trace(REAL).head(150)
         bounds = {pool: replay(real, "belady", num_slots=192, pool=pool).hit_rate for pool in ("layer", "global")}
-        for policy in POLICY_NAMES:
+        for policy in policy_names():
             for pool in ("layer", "global"):
                 assert replay(real, policy, num_slots=192, pool=pool).hit_rate <= bounds[pool]

@@ -96,6 +96,25 @@ def test_files_of_the_forge_name_what_exists(path: Path) -> None:
         load_cli().build_parser().parse_args(command.split())
 
 
+@pytest.mark.parametrize(("user", "by"), [(0, ""), (1000, "sudo -n ")])
+def test_ci_installs_the_emulator_as_root_and_shows_what_fails(user: int, by: str, tmp_path: Path) -> None:
+    fakes = {
+        "id": f"echo {user}",
+        "sudo": 'printf "sudo -n " >&2; [ "$1" = -n ] && exec "${@:2}"',
+        "apt-get": 'echo "apt-get $1" >&2; [ "$1" = update ] || { echo no such package >&2; exit 100; }',
+    }
+    for name, text in fakes.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    function = re.search(r"^install_emulator\(\).*?^}", (ROOT / ".ci/run").read_text(), re.DOTALL | re.MULTILINE)
+    assert function is not None
+    command = ["/bin/bash", "-euo", "pipefail", "-c", f"{function[0]}\ninstall_emulator"]
+    done = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True)
+    *lines, last = done.stderr.splitlines()
+    assert lines == [f"{by}apt-get update", f"{by}apt-get install", "no such package"]
+    assert last.startswith("apt-get cannot install gcc-aarch64-linux-gnu")
+
+
 def test_the_version_is_the_same_everywhere() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -57,6 +58,37 @@ def test_steps_alternate_and_the_queue_moves_up(log: list[str]) -> None:
     assert worker.drain(LIMIT_S)
     worker.close()
     assert log == ["a0", "b0", "a1", "b1", "c0", "c1"]
+
+
+def test_one_chunk_of_a_prompt_between_two_tokens(log: list[str]) -> None:
+    """However many prompts wait: a stream goes on at the pace of one chunk."""
+    gate = threading.Event()
+
+    def work(name: str, num_chunks: int) -> Job:
+        def steps(job: Job) -> Work:
+            for step in range(12):
+                gate.wait(LIMIT_S)
+                job.is_in_prompt = step < num_chunks
+                log.append(f"{name}.chunk" if step < num_chunks else name)
+                yield
+
+        return Job(steps)
+
+    worker = Worker(parallel=4)
+    for each in (work("a", 0), work("b", 0), work("c", 3), work("d", 3)):
+        worker.submit(each)
+    while worker.num_running < 4:
+        time.sleep(0.001)
+        gate.set()
+        gate.clear()
+    gate.set()
+    assert worker.drain(LIMIT_S)
+    worker.close()
+    streaming = log[log.index("b") : max(at for at, name in enumerate(log) if name == "a")]
+    chunks = [at for at, name in enumerate(streaming) if name.endswith("chunk")]
+    assert len(chunks) >= 4
+    for first, second in pairwise(chunks):
+        assert {"a", "b"} <= set(streaming[first:second])
 
 
 def test_where_alternating_is_of_no_use_requests_come_one_after_the_other(log: list[str]) -> None:

@@ -106,6 +106,31 @@ def test_setting_keeps_every_other_line(file: Path, capsys: pytest.CaptureFixtur
     assert [path.name for path in file.parent.iterdir()] == ["config.toml"]
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o444, 0o640])
+def test_setting_keeps_the_mode_of_the_file(file: Path, mode: int) -> None:
+    written(file, 'ram = "3GiB"\n').chmod(mode)
+    write_setting("ram", "4GiB")
+    assert file.read_text() == 'ram = "4GiB"\n'
+    assert file.stat().st_mode & 0o777 == mode
+
+
+def test_setting_keeps_the_ends_of_lines(file: Path) -> None:
+    written(file, "").write_bytes(b'# mine\r\nram = "3GiB"\r\nport = 9000')
+    write_setting("ram", "4GiB")
+    write_setting("context", "512")
+    write_setting("port", None)
+    assert file.read_bytes() == b'# mine\r\nram = "4GiB"\r\ncontext = 512\r\n'
+
+
+def test_nothing_to_remove_writes_nothing(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["config", "ram", "--unset"]) == 0
+    assert not file.parent.exists()
+    before = written(file, "port = 9000\n").stat().st_ino
+    assert main.main(["config", "ram", "--unset"]) == 0
+    assert file.stat().st_ino == before
+    assert capsys.readouterr().err == "ram is not in the file of settings.\n" * 2
+
+
 def test_a_path_is_kept_whole_and_a_link_stays_one(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = written(tmp_path / "dotfiles" / "settings", "")
     file.parent.mkdir()

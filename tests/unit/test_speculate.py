@@ -273,6 +273,19 @@ def test_prose_without_repeated_text_is_not_guessed_for_long() -> None:
     assert speculator.tally.num_passes < 0.05 * 600
 
 
+@pytest.mark.parametrize("num_forced", [0, 2, 5])
+def test_tokens_that_a_grammar_forced_are_no_loss_of_the_guesses(num_forced: int) -> None:
+    """Their rows would have been computed without guesses, too."""
+    costs, row = PassCosts(), per_row(0.5)
+    speculator = Speculator(Scripted(lambda at: True, is_free=True), costs, Counters())
+    speculator.note_plain(PassCost(1, PLAIN_S, 0))
+    for num_rows in range(2, MOST_GUESSES + 2):
+        costs.note(num_rows, row(num_rows) * PLAIN_S, 0)
+    num_new, saved_s = 1 + num_forced, 1 * PLAIN_S - 0.5 * PLAIN_S  # one plain pass less, one row more
+    speculator.note_pass(PassCost(num_new + 1, row(num_new + 1) * PLAIN_S, 0), num_guesses=1, num_right=1)
+    assert speculator.tally.saved_s == pytest.approx(saved_s)
+
+
 def trace_of(prompt: Sequence[int], answer: Sequence[int]) -> Trace:
     """Of several sequences that are alike; one layer of two experts."""
     ids = np.array([*prompt, *answer] * 2)
@@ -335,13 +348,38 @@ def test_sharing_stops_once_it_pays_no_more() -> None:
 
 def test_no_number_of_rows_is_cheaper_than_one() -> None:
     governor = RowGovernor()
-    governor.note(1, PLAIN_S * 3, 40)  # it waited for experts
+    for _ in range(17):
+        governor.note(1, PLAIN_S * 3, 40)  # they waited for experts
     governor.note(4, PLAIN_S, 0)
     assert governor.rate(4) == pytest.approx(4)
     assert governor.pays
     for _ in range(20):
         governor.note(4, PLAIN_S * 12, 0)
     assert not governor.pays
+
+
+def test_the_first_passes_which_read_every_expert_are_no_measure() -> None:
+    governor = RowGovernor()
+    for at in range(30):
+        misses = max(0, 12 - at)
+        governor.note(1, PLAIN_S * (1 + misses), misses)
+        assert not misses or governor.choose(4) == 1
+    assert governor.choose(4) == 4
+    assert governor.rate(4) == pytest.approx(4 / 1.36)
+
+
+def test_misses_that_rows_leave_behind_are_no_measure_either() -> None:
+    """Rows seem to pay beside passes of one row that miss what the rows have evicted, and beside the first ones."""
+    governor, spent, since_rows, made = RowGovernor(), 0.0, 0, list[int]()
+    while sum(made) < 4_000:
+        rows = governor.choose(4)
+        since_rows = 0 if rows > 1 else since_rows + 1
+        seconds = PLAIN_S * (5 if rows > 1 else 2 if since_rows < 12 else 1)
+        governor.note(rows, seconds, 1)
+        spent += seconds
+        made.append(rows)
+    assert 4 in made
+    assert spent < 4_000 * PLAIN_S * 1.04
 
 
 @pytest.mark.parametrize(("num_ready", "expected"), [(1, 1), (3, 3), (8, 8), (30, 8)])

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from offload_moe.convert.sources import ensure_store
 from offload_moe.errors import ConfigError, StoreCorrupt, StoreError
 from offload_moe.store import Store
 from offload_moe.store.installed import describe, find, installed, remove, resolve
+from offload_moe.store.manifest import MergedAdapter
+from offload_moe.store.manifest_json import manifest_to_json, read_manifest
 from offload_moe.system.locks import lock_file
 from offload_moe.system.sizes import format_size
 from tests.support.checkpoints import write_checkpoint
@@ -277,6 +280,38 @@ def test_the_info(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = cli(capsys, "info", "nothing")
     assert (status, out) == (1, "")
     assert err.startswith("error: nothing is no folder, and no name in the cache.")
+
+
+def come_from(store: Path, source: str, revision: str | None, adapter: MergedAdapter | None = None) -> None:
+    manifest = replace(read_manifest(store), source=source, revision=revision, adapter=adapter)
+    (store / "store.json").write_text(manifest_to_json(manifest))
+
+
+@pytest.mark.parametrize(
+    ("source", "revision", "command"),
+    [
+        ("Qwen/Qwen3-30B-A3B", "ad44e777", "vllm serve Qwen/Qwen3-30B-A3B --revision ad44e777"),
+        ("org/model", "a branch; rm", "vllm serve org/model --revision 'a branch; rm'"),
+        ("org/model", None, None),
+        ("folder", "ad44e777", None),
+        ("org/model:Q4_K_M", "ad44e777", None),
+        ("../model", "ad44e777", None),
+    ],
+)
+def test_the_command_that_serves_the_source_with_vllm(
+    source: str, revision: str | None, command: str | None, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    come_from(cache / "stores" / "tiny-nf4", source, revision)
+    lines = cli(capsys, "info", "tiny-nf4")[1].splitlines()
+    assert [line for line in lines if "vllm" in line] == ([f"with vLLM    {command}"] if command else [])
+    assert json.loads(cli(capsys, "info", "tiny-nf4", "--json")[1])["vllm"] == command
+    assert "vllm serve org/half --revision abc" in cli(capsys, "info", "half-int8")[1]
+
+
+def test_vllm_serves_the_base_of_a_merged_adapter(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = MergedAdapter(name="mine", sha256="0" * 64)
+    come_from(cache / "stores" / "tiny-nf4", "org/model", "abc", adapter)
+    assert "vllm serve org/model --revision abc (without the adapter)" in cli(capsys, "info", "tiny-nf4")[1]
 
 
 def test_a_store_does_not_drive_the_terminal(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

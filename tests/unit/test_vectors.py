@@ -1,6 +1,7 @@
 """Norms and attention in vectors of 16 lanes: every set gives the definition's bits, for any number of threads."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,6 +44,7 @@ class Attention:
         self.turn = torch.rand(dim, generator=generator), torch.rand(dim, generator=generator)
         shape = (1, kv_heads, CAPACITY, dim)
         self.cache = [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+        self.settings: dict[str, Any] = {}
 
     def step(self) -> tuple[Tensor, Tensor, Tensor]:
         kernel = kernels.AttentionKernel(
@@ -53,6 +55,7 @@ class Attention:
             norms=self.norms,
             sinks=self.sinks,
             cache_dtype=self.dtype,
+            **self.settings,
         )
         keys, values = (part.clone() for part in self.cache)
         out = torch.full_like(self.x, torch.nan)
@@ -76,6 +79,29 @@ def test_a_step_of_attention_is_the_definition(dtype: torch.dtype, length: int) 
         assert np.array_equal(bits(part[0, 0, length]), bits(torch.from_numpy(new).to(dtype)))
     seen = [part[0, 0, : length + 1].float().numpy() for part in (keys, values)]
     mixed = [vector_arithmetic.attention(head, *seen, 0.3) for head in query.reshape(2, 16)]
+    last = made.linears[3]
+    expected = Reference("int8", last.shape, last.layout, last.record).times(np.concatenate(mixed))
+    assert np.array_equal(bits(out), expected.view(np.int32))
+
+
+@pytest.mark.parametrize("instruction_set", PANEL_SETS)
+@pytest.mark.parametrize("length", [3, 4, 530])
+def test_a_query_is_turned_normed_and_scaled_as_defined(length: int, instruction_set: str) -> None:
+    made = Attention(2, 1, 16, length, torch.float32, has_norms=True)
+    made.settings = {"rotation": "pairs", "is_normed_rotated": True, "query_scale": (5.0, 0.3)}
+    kernels.select_instruction_set(instruction_set)
+    out, keys, values = made.step()
+    x, weight, (cos, sin) = made.x.numpy(), made.norms[0].weight.numpy(), (part.numpy() for part in made.turn)
+    query, key, _ = (Reference("int8", each.shape, each.layout, each.record).times(x) for each in made.linears[:3])
+    turned = [vector_arithmetic.turn_pairs(head, cos[:8], sin[:8]) for head in (*query.reshape(2, 16), key)]
+    *queries, key = (vector_arithmetic.rms_norm(head, weight, 1e-5) for head in turned)
+    assert np.array_equal(bits(keys[0, 0, length]), key.view(np.int32))
+    scale = vector_arithmetic.query_scale(length, 5, 0.3)
+    assert (scale == 1) == (length == 3)
+    assert np.isclose(scale, 1 + 0.3 * np.log1p((length + 1) // 5), rtol=3e-7)
+    seen = [part[0, 0, : length + 1].numpy() for part in (keys, values)]
+    heads = zip(queries, made.sinks.tolist(), strict=True)
+    mixed = [vector_arithmetic.attention(head * scale, *seen, 0.3, sink) for head, sink in heads]
     last = made.linears[3]
     expected = Reference("int8", last.shape, last.layout, last.record).times(np.concatenate(mixed))
     assert np.array_equal(bits(out), expected.view(np.int32))
@@ -209,15 +235,22 @@ def test_bits_do_not_depend_on_the_callers_treatment_of_subnormal_numbers() -> N
     x, bias = torch.randn(40), torch.full((40,), 1e-41)
     norms = [kernels.NormKernel(torch.full((40,), 1e-40), 1e-3, *biases) for biases in ((), (bias,))]
     router = kernels.RouterKernel(linear, top_k=3, is_of_chosen=True, scale=1e-40)
+    tables = [torch.nn.Embedding.from_pretrained(torch.randn(3, 40).to(dtype) * 1e-10) for dtype in DTYPES]
+    pairs, ids = torch.randn(4, 40) * 1e-39, torch.tensor([[2, 0]])
 
     def results() -> list[Tensor]:
         normed, logits, shares = torch.empty(2, 40), torch.empty(9), torch.empty(3)
+        added, rounded = torch.empty(1, 40), torch.empty(1, 40, dtype=torch.bfloat16)
         for norm, out in zip(norms, normed, strict=True):
             norm.step(x, out)
         router.step(tiny, logits, shares, torch.empty(3, dtype=torch.int64))
-        return [normed, logits, shares]
+        kernels.add_rows(pairs, added)
+        kernels.add_rows(pairs, rounded)
+        embedded = [kernels.EmbeddingKernel(table, 1e-30).rows(ids) for table in tables]
+        return [normed, logits, shares, added, rounded, *(each for each in embedded if each is not None)]
 
     expected = results()
+    assert len(expected) == 7
     assert all(part.view(torch.int32).any() and (part.abs() < 1.2e-38).all() for part in expected)
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor does not flush")

@@ -41,6 +41,8 @@
     FIELD(T, int64_t, norm_lengths, [2]) /* D: each head has its norm; more: one over all heads */ \
     FIELD(T, float, epsilons, [2]) \
     FIELD(T, float, scaling, ) \
+    FIELD(T, float, scale_step, ) FIELD(T, float, scale_strength, ) /* see `query_scale`; a step of 0: queries are not scaled */ \
+    FIELD(T, int32_t, is_normed_rotated, ) /* the norms come after the rotation */ \
     FIELD(T, int32_t, rotation, ) \
     FIELD(T, int32_t, cache_dtype, ) /* of keys and values */
 

@@ -8,6 +8,8 @@
 #include "levels.h"
 #include "om_kernels.h"
 
+#include <math.h>
+
 #define OM_MAGIC 12582912.0f           /* 1.5 * 2^23: adding it rounds to the nearest even integer, for |x| < 2^22 */
 #define OM_INFINITE_BITS 0x7f800000u   /* infinity; above it are the NaNs */
 #define OM_SMALLEST_BITS 0x0d800000u   /* 2^-100: a group of smaller values counts as zero */
@@ -88,6 +90,32 @@ OM_INLINE float om_exp(float t) {
     p = om_fma(p, r, 5.0000001201e-1f);
     p = om_fma(p, r * r, r) + 1.0f;
     return p * om_from_bits((om_bits(shifted) << 23) + 0x3f800000u);
+}
+
+/* Cephes' logf, for finite positive numbers. */
+OM_INLINE float om_log(float x) {
+    int exponent;
+    float m = frexpf(x, &exponent);
+    if (m < 0.70710678118654752f) {
+        exponent -= 1;
+        m = m + m - 1.0f;
+    } else {
+        m = m - 1.0f;
+    }
+    const float z = m * m;
+    float p = 7.0376836292e-2f;
+    p = om_fma(p, m, -1.1514610310e-1f);
+    p = om_fma(p, m, 1.1676998740e-1f);
+    p = om_fma(p, m, -1.2420140846e-1f);
+    p = om_fma(p, m, 1.4249322787e-1f);
+    p = om_fma(p, m, -1.6668057665e-1f);
+    p = om_fma(p, m, 2.0000714765e-1f);
+    p = om_fma(p, m, -2.4999993993e-1f);
+    p = om_fma(p, m, 3.3333331174e-1f);
+    p = p * m * z;
+    p = om_fma(-2.12194440e-4f, (float)exponent, p);
+    p = om_fma(-0.5f, z, p);
+    return om_fma(0.693359375f, (float)exponent, m + p);
 }
 
 /* a times the sigmoid of z. */

@@ -2,6 +2,7 @@
  *
  * T rows in fp32, each a token, of decode steps or of a prompt: the bits of each row alone. N query heads, M key/value heads, D head
  * dim, S cached tokens, C room in the cache. */
+#include "arithmetic.h"
 #include "attend_job.h"
 
 enum { QUERY = 0, KEY = 1, VALUE = 2, OUTPUT = 3 };
@@ -18,16 +19,30 @@ typedef struct {
     void *out;
 } attention_job;
 
+static void norm_heads(const om_attention *a, int which, float *values, int64_t count) {
+    const int64_t length = a->norm_lengths[which];
+    if (a->norms[which] != NULL) om_norm_rows(values, a->norms[which], count / length, length, a->epsilons[which], values);
+}
+
+/* Of a token behind so many others. */
+static float query_scale(const om_attention *a, int64_t position) {
+    const float steps = floorf((float)(position + 1) / a->scale_step);
+    return a->scale_strength * om_log(steps + 1.0f) + 1.0f;
+}
+
 static void finish_heads(const attention_job *job, int which, int64_t num_heads, int64_t row) {
     const om_attention *a = job->attention;
     const int64_t dim = a->head_dim, count = num_heads * dim, turn = row * a->rotated_dims;
     float *values = (float *)job->heads[which] + row * count;
     om_add_bias(values, a->biases[which], count);
     if (which == VALUE) return;
-    if (a->norms[which] != NULL)
-        om_norm_rows(values, a->norms[which], count / a->norm_lengths[which], a->norm_lengths[which], a->epsilons[which], values);
+    if (!a->is_normed_rotated) norm_heads(a, which, values, count);
     for (int64_t at = 0; at < count; at += dim)
         om_rotate(values + at, job->cos + turn, job->signed_sin + turn, a->rotated_dims, a->rotation);
+    if (a->is_normed_rotated) norm_heads(a, which, values, count);
+    if (which != QUERY || a->scale_step == 0.0f) return;
+    const float scale = query_scale(a, job->rooms[row].length);
+    for (int64_t i = 0; i < count; i++) values[i] *= scale;
 }
 
 static void append(const attention_job *job, int64_t row) {

@@ -39,7 +39,7 @@ OM_EXPORT void om_card_graph_free(const om_session *session, void *executable) {
     session->driver->cuGraphExecDestroy(executable);
 }
 
-/* Launch one kernel by itself. Returns the driver's code. */
+/* Launch one kernel alone. Returns the driver's code. */
 int om_card_launch_node(const om_session *session, const om_card_node *node) {
     void *params[1];
     const om_kernel_node kernel = described(node, params);

@@ -105,7 +105,7 @@ OM_EXPORT int64_t om_card_run_between(om_device_pass *pass, int64_t num_edits, v
     return code == 0 ? 0 : OM_CARD_ERROR(code);
 }
 
-/* Sleep through most of the time that a pass is expected to take, then ask the driver again and again. */
+/* Sleep through most of the time that a pass is expected to take, then poll the driver. */
 static void wait_a_little(const om_device_pass *pass) {
     const double left_s = pass->began_s + NAP_SHARE * pass->expected_s - om_card_seconds();
     if (left_s < SHORTEST_NAP_S) return;
@@ -141,8 +141,8 @@ OM_EXPORT int64_t om_card_next(om_device_pass *pass, double limit_s) {
     }
 }
 
-/* Give a pass up: what was queued runs to its end. The next pass has a number of its own, which the host's edits have to tell the
- * card, so that nothing in the log is taken for its part. Returns 0 or OM_CARD_ERROR. */
+/* Give a pass up: what was queued runs to its end. The next pass has a number of its own, which the card gets with the host's
+ * edits, so that nothing in the log is taken for its part. Returns 0 or OM_CARD_ERROR. */
 OM_EXPORT int64_t om_card_cancel(om_device_pass *pass) {
     int code = pass->driver->cuCtxSetCurrent(pass->session->context);
     if (code == 0) code = pass->driver->cuStreamSynchronize(pass->session->stream);

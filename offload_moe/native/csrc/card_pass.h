@@ -13,7 +13,7 @@ struct om_device_pass {
     const om_card_options *options;
     const om_session *session;
     const om_driver *driver;
-    om_card_notice *notice; /* what the card tells, as of its options */
+    om_card_notice *notice; /* what the card reports, as of its options */
     const om_card_steps *steps;
     void *end;           /* the last graph of this pass */
     int state;

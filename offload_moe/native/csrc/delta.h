@@ -44,37 +44,11 @@ static void delta_rule(const delta_head *head, float *state, const float *value,
     for (; at < head->value_dim; at += OM_LANES) delta_columns(1, head, state + at, value + at, out + at);
 }
 
-/* Cephes' logf, for finite positive numbers. */
-OM_INLINE float logarithm(float x) {
-    int exponent;
-    float m = frexpf(x, &exponent);
-    if (m < 0.70710678118654752f) {
-        exponent -= 1;
-        m = m + m - 1.0f;
-    } else {
-        m = m - 1.0f;
-    }
-    const float z = m * m;
-    float p = 7.0376836292e-2f;
-    p = om_fma(p, m, -1.1514610310e-1f);
-    p = om_fma(p, m, 1.1676998740e-1f);
-    p = om_fma(p, m, -1.2420140846e-1f);
-    p = om_fma(p, m, 1.4249322787e-1f);
-    p = om_fma(p, m, -1.6668057665e-1f);
-    p = om_fma(p, m, 2.0000714765e-1f);
-    p = om_fma(p, m, -2.4999993993e-1f);
-    p = om_fma(p, m, 3.3333331174e-1f);
-    p = p * m * z;
-    p = om_fma(-2.12194440e-4f, (float)exponent, p);
-    p = om_fma(-0.5f, z, p);
-    return om_fma(0.693359375f, (float)exponent, m + p);
-}
-
 /* log(1 + exp(x)), x itself beyond 20 as torch has it. Kahan's correction of 1 + y. */
 OM_INLINE float softplus(float x) {
     if (x > 20.0f) return x;
     const float y = om_exp(x), u = 1.0f + y;
-    return u == 1.0f ? y : logarithm(u) * (y / (u - 1.0f));
+    return u == 1.0f ? y : om_log(u) * (y / (u - 1.0f));
 }
 
 /* The windows of some channels move on by an input each. */

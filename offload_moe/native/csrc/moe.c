@@ -2,6 +2,7 @@
  *
  * A pair is a token routed to an expert. Each output element is the sum of its pairs in the order of the experts given,
  * made by one thread, so the result depends neither on the number of threads nor on how the pairs are split into groups. */
+#include "float_mode.h"
 #include "moe.h"
 
 #include <string.h>
@@ -232,14 +233,20 @@ OM_EXPORT int om_moe_forward(const om_moe_layer *layer, const void *x, int64_t n
     return arena == NULL ? -1 : 0;
 }
 
+OM_APART static void sum_columns(const float *pairs, int64_t num_rows, int64_t num_columns, int64_t count, float *sums) {
+    for (int64_t r = 0; r < num_rows; r++)
+        for (int64_t c = 0; c < count; c++) sums[c] += pairs[r * num_columns + c];
+}
+
 /* out[H] = the rows of pairs[num_rows, H], added one after the other. */
 OM_EXPORT void om_sum_rows(const float *pairs, int64_t num_rows, int64_t num_columns, void *out, int32_t out_dtype) {
+    const uint64_t callers_mode = om_enter_float_mode();
     for (int64_t first = 0; first < num_columns; first += OM_BLOCK) {
         const int64_t count = om_min(OM_BLOCK, num_columns - first);
         float sums[OM_BLOCK] = {0};
-        for (int64_t r = 0; r < num_rows; r++)
-            for (int64_t c = 0; c < count; c++) sums[c] += pairs[r * num_columns + first + c];
+        sum_columns(pairs + first, num_rows, num_columns, count, sums);
         if (out_dtype == OM_F32) memcpy((float *)out + first, sums, count * sizeof(float));
         else convert_out(sums, (uint16_t *)out + first, count);
     }
+    om_restore_float_mode(callers_mode);
 }

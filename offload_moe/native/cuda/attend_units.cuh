@@ -31,7 +31,7 @@ template <int N, int M, int DIM, int MORE, int VALUES, int HEADS> struct attend_
 /* Rows of one sequence are neighbours in the order of units, so that they find keys in the L2 cache. */
 struct attended_rows {
     seen_tokens seen[OM_ATTENDED_ROWS];
-    void *const *pages[OM_ATTENDED_ROWS]; /* with the base, they tell sequences apart */
+    void *const *pages[OM_ATTENDED_ROWS]; /* with the base, they distinguish sequences */
     int bases[OM_ATTENDED_ROWS];
     int num_sharing[OM_ATTENDED_ROWS];  /* rows of one sequence that begin here; 0: the row belongs to one before it */
     int num_sections[OM_ATTENDED_ROWS]; /* of the longest of these */

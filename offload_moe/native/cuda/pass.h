@@ -67,7 +67,7 @@ typedef struct {
 #define OM_CARD_LOG_HEAD 2
 #define OM_CARD_LOG_INTS(num_pairs) (OM_CARD_LOG_HEAD + 6 * (num_pairs))
 
-/* A change that the host wants, of one number; no two of one list have the same kind and index. */
+/* A change of one number that the host makes; no two of one list have the same kind and index. */
 typedef struct {
     int kind, index;
     om_card_address value;

@@ -1,0 +1,1 @@
+"""One extension of offload-moe of each kind; `pyproject.toml` registers them."""
