@@ -19,11 +19,37 @@ from setuptools.build_meta import *  # noqa: F403  # the other hooks are setupto
 COMPILER_PACKAGE = "ziglang>=0.17.1,<0.18"
 ZIG = [sys.executable, "-m", "ziglang", "cc"]
 
+COMMON_FLAGS = [
+    "-std=c11",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
+# zig compiles for the machine it runs on, adds traps on undefined behaviour, and links functions of its own in place of
+# libm's, which have other bits.
+ZIG_FLAGS = ["-mcpu=baseline", "-fno-sanitize=undefined"]
+ZIG_LINK_FLAGS = ["-rtlib=none", "-s"]
+
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512cd", "-mavx512vnni"]
 AVX512_FLAGS += ["-mprefer-vector-width=512"]  # also in loops that the compiler vectorizes
 AVX512_VBMI_FLAGS = [*AVX512_FLAGS, "-mavx512vbmi"]
 AVX_VNNI_FLAGS = [*AVX2_FLAGS, "-mavxvnni"]  # since gcc 11 and clang 12: the set is left out before
+X86_FLAGS = {
+    "isa_avx2.c": AVX2_FLAGS,
+    "isa_avx512.c": AVX512_FLAGS,
+    "isa_avx512_vbmi.c": AVX512_VBMI_FLAGS,
+    "panel_avx2.c": AVX2_FLAGS,
+    "panel_avx_vnni.c": AVX_VNNI_FLAGS,
+    "panel_avx512.c": AVX512_FLAGS,
+    "panel_avx512_vbmi.c": AVX512_VBMI_FLAGS,
+    "panel_avx512_vl.c": AVX512_FLAGS,
+    "vector_avx2.c": AVX2_FLAGS,
+    "vector_avx512.c": AVX512_FLAGS,
+}
 # The processor that is compiled for: Python's variable _PYTHON_HOST_PLATFORM names another than this machine's.
 TARGET = sysconfig.get_platform().rpartition("-")[2].lower()
 IS_X86 = (platform.machine().lower() if TARGET == "universal2" else TARGET) in ("x86_64", "amd64")

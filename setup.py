@@ -14,42 +14,18 @@ from setuptools.errors import CCompilerError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from build_backend import (
-    AVX2_FLAGS,
-    AVX512_FLAGS,
-    AVX512_VBMI_FLAGS,
     AVX_VNNI_FLAGS,
+    COMMON_FLAGS,
     IS_X86,
+    X86_FLAGS,
+    ZIG_FLAGS,
+    ZIG_LINK_FLAGS,
     accepts,
     choose_compiler,
     is_zig,
 )
 
 SOURCES = Path("offload_moe/native/csrc")
-COMMON_FLAGS = [
-    "-std=c11",
-    "-O3",
-    "-g0",
-    "-fvisibility=hidden",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-]
-# zig compiles for the machine it runs on, adds traps on undefined behaviour, and links functions of its own in place of
-# libm's, which have other bits.
-ZIG_FLAGS = ["-mcpu=baseline", "-fno-sanitize=undefined"]
-ZIG_LINK_FLAGS = ["-rtlib=none", "-s"]
-X86_FLAGS = {
-    "isa_avx2.c": AVX2_FLAGS,
-    "isa_avx512.c": AVX512_FLAGS,
-    "isa_avx512_vbmi.c": AVX512_VBMI_FLAGS,
-    "panel_avx2.c": AVX2_FLAGS,
-    "panel_avx_vnni.c": AVX_VNNI_FLAGS,
-    "panel_avx512.c": AVX512_FLAGS,
-    "panel_avx512_vbmi.c": AVX512_VBMI_FLAGS,
-    "panel_avx512_vl.c": AVX512_FLAGS,
-    "vector_avx2.c": AVX2_FLAGS,
-    "vector_avx512.c": AVX512_FLAGS,
-}
 
 
 class BuildKernels(build_ext):

@@ -4,7 +4,8 @@
            [--native PYTHON --gguf FILE [--peer-options="--huge-pages"]]
 
 Answers are drawn with a seed each, at a temperature that spreads the choice of experts; their prompts, of different
-lengths, are computed before the clock runs. `together`: a token of each in turn, in passes of as many rows as pay.
+lengths, are computed before the clock runs. `together`: a token of each in turn, in passes of as many rows as pay, and
+the first of them alone while none pay, as the server and `generate_many` do.
 `one after another`: first come, first served. The tokens are the same both ways, which is checked. Trials alternate.
 
 four_conversations_ratio           tokens per second together over one after another, every expert resident
@@ -18,7 +19,8 @@ the same prompts in as many slots, in the same trials; `four_conversations_vs_ll
 The clients (`--clients`, 0 for none) are threads of another process, which stream answers of mixed lengths through the
 server, as many at once as its default; the others wait. `p95_ms`: of the time between two tokens, of all clients, and
 of one that is alone. The chunks of other prompts come between, of which `chunk_ms` is one; `p95_over_goal`: over twice
-that of one client and a chunk. The last line of stdout is one JSON document.
+that of one client and a chunk. A store without a tokenizer streams no text, and has none of these figures. The last
+line of stdout is one JSON document.
 """
 
 import argparse
@@ -61,14 +63,18 @@ class Conversations:
 
     def _measured(self, way: str, groups: Sequence[Sequence[int]]) -> float:
         """Tokens per second of groups of conversations, behind the first token of each."""
+        from offload_moe.chat.sharing import sharing_of
         from offload_moe.residency.counters import Counters
 
+        sharing = sharing_of(self.model.hf)
         elapsed_s, seen, num_tokens = 0.0, Counters(), 0
         for group in groups:
             streams = {number: self._begun(number) for number in group}
             before, began_s, left = self.model.stats.copy(), time.perf_counter(), list(streams.values())
             while left:
-                left = [stream for stream in left if next(stream, None) is not None]
+                turn = left if sharing.pays(self.model.hf) else left[:1]
+                ended = [stream for stream in turn if next(stream, None) is None]
+                left = [stream for stream in left if stream not in ended]
             elapsed_s += time.perf_counter() - began_s
             seen = seen.plus(self.model.stats.since(before))
             for number, stream in streams.items():
@@ -246,7 +252,7 @@ def main() -> None:
                 f"{name}: {ratio['median']:.2f} times one after another ({ratio['min']:.2f} to {ratio['max']:.2f}), "
                 f"{found['rows_per_pass']:.2f} rows a pass, byte bound {bound:.2f}"
             )
-            if share is None and options.clients:
+            if share is None and options.clients and model.tokenizer is not None:  # else no text, so no event, comes
                 document["clients"] = clients(model, options)
     finish(
         {

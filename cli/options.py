@@ -1,6 +1,7 @@
 """Flags that several commands share, and their values as settings."""
 
 import argparse
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 from offload_moe.system.extensions import with_extensions
@@ -16,7 +17,10 @@ DTYPES = ("fp32", "bf16", "fp16")
 POLICIES = ("lru", "lfu", "decayed", "slru", "lru-2", "knn")
 GUESSES = ("auto", "off", "ngram", "mtp", "draft")
 REPLAYS = (*POLICIES, "belady", "all")  # a value of `profile --replay --policy`
-CODEC_HELP = "format of the experts (default: a GGUF file's own, mxfp4 for a checkpoint in MXFP4, nf4 for any other)"
+CODEC_HELP = (
+    "format of the experts, one of these or an extension's (default: a GGUF file's own, mxfp4 for a checkpoint in "
+    "MXFP4, nf4 for any other)"
+)
 SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "seed": int, "max_new_tokens": int}
 SETTINGS = SAMPLING | {"speculate": str}  # of a chat
 MEMORY = ("vram", "ram", "context")  # of `offload-moe config`
@@ -83,7 +87,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="full precision of activations on the CPU, slower; with bf16 experts the results equal transformers' bits",
     )
     group = parser.add_argument_group("reading a checkpoint (a store has its own)")
-    group.add_argument("--codec", choices=CODECS, help=CODEC_HELP)
+    add_codec(group, CODEC_HELP)
     group.add_argument(
         "--dense-codec",
         choices=DENSE_CODECS,
@@ -91,6 +95,20 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
     add_link_flag(group)
+
+
+class CodecChoices:
+    """The names of all codecs. Those of extensions are looked up only where the built-in ones are not enough."""
+
+    def __contains__(self, name: object) -> bool:
+        return name in CODECS or name in tuple(self)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(with_extensions("codec", CODECS))
+
+
+def add_codec(group: "argparse._ActionsContainer", text: str) -> None:
+    group.add_argument("--codec", choices=CodecChoices(), metavar="|".join(CODECS), help=text)
 
 
 def add_link_flag(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from offload_moe.system.names import check_model
 from offload_moe.system.sizes import format_size, parse_size, parse_tokens
 
-from ..options import CODEC_HELP, CODECS, DENSE_CODECS, MEMORY, Subparsers, add_device_pass, fill
+from ..options import CODEC_HELP, DENSE_CODECS, MEMORY, Subparsers, add_codec, add_device_pass, fill
 from ..progress import reporter
 from ..terminal import console
 
@@ -58,7 +58,7 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="TOKENS",
         help="tokens of the conversation (default: as many as fit, at most 8192)",
     )
-    parser.add_argument("--codec", choices=CODECS, help=f"{CODEC_HELP}; a store has its own")
+    add_codec(parser, f"{CODEC_HELP}; a store has its own")
     parser.add_argument(
         "--dense-codec", choices=DENSE_CODECS, help="format of the other weights (default: the most exact that fits)"
     )

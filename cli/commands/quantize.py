@@ -6,7 +6,7 @@ from pathlib import Path
 
 from offload_moe.system.names import check_source, hub_name
 
-from ..options import CODEC_HELP, CODECS, DENSE_CODECS, SCALES, Subparsers, add_link_flag
+from ..options import CODEC_HELP, DENSE_CODECS, SCALES, Subparsers, add_codec, add_link_flag
 from ..progress import reporter
 
 
@@ -21,7 +21,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "source", metavar="SOURCE", help="checkpoint folder, GGUF file, or hub id such as Qwen/Qwen3-30B-A3B"
     )
     parser.add_argument("store", metavar="STORE", help="folder to write")
-    parser.add_argument("--codec", choices=CODECS, help=CODEC_HELP)
+    add_codec(parser, CODEC_HELP)
     parser.add_argument(
         "--dense-codec", choices=DENSE_CODECS, default="bf16", help="format of the other weights (default: bf16)"
     )

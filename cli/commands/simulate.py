@@ -8,7 +8,7 @@ from offload_moe.errors import ConfigError
 from offload_moe.system.names import check_model
 from offload_moe.system.sizes import format_size, parse_size, parse_tokens
 
-from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_device_pass, policy_name
+from ..options import CODEC_HELP, DENSE_CODECS, Subparsers, add_codec, add_device_pass, policy_name
 from ..progress import reporter
 from ..terminal import console
 
@@ -53,7 +53,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     group.add_argument("--policy", type=policy_name, metavar="NAME", help="which experts to keep, such as lru")
     group.add_argument("--no-prefetch", action="store_true", help="without lookahead")
-    group.add_argument("--codec", choices=CODECS, help=f"{CODEC_HELP}; a store has its own")
+    add_codec(group, f"{CODEC_HELP}; a store has its own")
     group.add_argument("--dense-codec", choices=DENSE_CODECS, help="format of the other weights")
     add_device_pass(group)
     group.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")

@@ -23,7 +23,7 @@ from offload_moe.convert.jobs import LOSSLESS, MXFP4, Job, plan_conversion
 from offload_moe.convert.source_shards import SourceShards
 from offload_moe.errors import ConfigError
 from offload_moe.native.kernels import use_torch_after_fork
-from offload_moe.quant import LEAST_ERROR, Codec, get_codec
+from offload_moe.quant import LEAST_ERROR, Codec, codec_names, get_codec, is_built_in
 from offload_moe.store.beside import beside
 from offload_moe.store.in_place import GGUF
 from offload_moe.store.journal import check_target
@@ -210,8 +210,8 @@ def default_codec(folder: Path) -> str:
 
 def get_dense_codec(name: str) -> Codec:
     """The codec of dense weights that has this name. Raises: ConfigError."""
-    if name == MXFP4:
-        raise ConfigError(f"{MXFP4} is a format of experts. Use another dense codec, such as int8.")
+    if name == MXFP4 or (not is_built_in(name) and name in codec_names()):
+        raise ConfigError(f"{name} is a format of experts. Use another dense codec, such as int8.")
     return get_codec(name)
 
 

@@ -11,11 +11,10 @@ from offload_moe.decode.mlp import FusedMLP
 from offload_moe.decode.router import Routed, StepRouter
 from offload_moe.decode.step import is_fp32
 from offload_moe.errors import ConfigError
-from offload_moe.experts.attach import BoundExperts
+from offload_moe.experts.attach import AdaptedForward, BoundExperts, bound_experts
 from offload_moe.experts.native import NativeArithmetic
 from offload_moe.families.layer_reference import tensor_at
 from offload_moe.families.layer_spec import LayerSpec, RouterSpec
-from offload_moe.families.limits import router_limits
 from offload_moe.native import kernels
 
 
@@ -23,7 +22,8 @@ from offload_moe.native import kernels
 class PlainBlock:
     """``experts(x)``, or ``experts(x) + shared(x)``, or ``experts(x) + sigmoid(gate . x) * shared(x)``.
 
-    router: the module, for its observers. is_exact: its own code gives the bits of `route`.
+    router: the module, for its observers. is_exact: its own code gives the bits of `route`. experts: the module whose
+    forward has them. scales_inputs: weights multiply what the experts are given, not what they give.
     """
 
     router: nn.Module
@@ -31,11 +31,12 @@ class PlainBlock:
     is_exact: bool
     experts: Any
     shared: kernels.SharedKernel | None
+    scales_inputs: bool = False
 
     @property
     def bound(self) -> BoundExperts:
-        forward: BoundExperts = self.experts.forward
-        return forward
+        forward: BoundExperts | AdaptedForward = self.experts.forward
+        return forward.bound if isinstance(forward, AdaptedForward) else forward
 
     def compute(self, normed: Tensor, routed: Routed) -> Tensor:
         """normed ``[T, H]``, and what the router gave -> ``[T, H]``: the bits of each row alone.
@@ -43,25 +44,37 @@ class PlainBlock:
         Other arithmetic than the kernels' has them for few rows.
         """
         _, weights, ids = routed
+        experts = self._scaled if self.scales_inputs else self.experts
         is_whole = len(normed) == 1 or len(normed) > kernels.MAX_ROWS
         if is_whole or isinstance(self.bound.arithmetic, NativeArithmetic):
-            out: Tensor = self.experts(normed, ids, weights)
+            out: Tensor = experts(normed, ids, weights)
         else:
             rows = zip(normed.split(1), ids.split(1), weights.split(1), strict=True)
-            out = torch.cat([self.experts(*row) for row in rows])
+            out = torch.cat([experts(*row) for row in rows])
         if self.shared is not None:
             self.shared.add(normed, out)
         return out
 
+    def _scaled(self, normed: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """A row for each token and expert; a token's results are added by ascending id."""
+        rows = (normed[:, None] * weights[..., None]).flatten(0, 1)
+        outs = self.bound(rows, ids.reshape(-1, 1), torch.ones(len(rows), 1)).view(*ids.shape, -1)
+        order = ids.argsort(dim=-1)[..., None].expand_as(outs)
+        total = torch.zeros_like(normed)
+        for out in outs.gather(1, order).unbind(1):
+            total += out
+        return total
+
 
 def plain_block(layer: nn.Module, spec: LayerSpec) -> PlainBlock | None:
     """The parts of a layer's block; None where it is a dense MLP, or has a part that no kernel computes."""
-    if spec.router is None or router_limits(spec.router):
+    if spec.router is None:
         return None
-    experts, router = layer.get_submodule(spec.experts), layer.get_submodule(spec.router.path)
+    path = spec.experts.rpartition(".")[0] if spec.router.scales_inputs else spec.experts
+    experts, router = layer.get_submodule(path), layer.get_submodule(spec.router.path)
     forward = vars(router).get("forward")
     route = forward.kernel if isinstance(forward, StepRouter) else _route(layer, spec.router)
-    if route is None or not isinstance(vars(experts).get("forward"), BoundExperts):
+    if route is None or bound_experts(experts) is None:
         return None
     shared = None
     if spec.shared is not None:
@@ -71,7 +84,12 @@ def plain_block(layer: nn.Module, spec: LayerSpec) -> PlainBlock | None:
             return None
         shared = _shared_kernel(mlp, gate)
     return PlainBlock(
-        router=router, route=route, is_exact=isinstance(forward, StepRouter), experts=experts, shared=shared
+        router=router,
+        route=route,
+        is_exact=isinstance(forward, StepRouter),
+        experts=experts,
+        shared=shared,
+        scales_inputs=spec.router.scales_inputs,
     )
 
 

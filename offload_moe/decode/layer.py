@@ -31,7 +31,8 @@ from offload_moe.decode.router import room_for_routed
 from offload_moe.decode.shorten import STEP_TOLERANCE
 from offload_moe.decode.step import AttentionStep, attention_step
 from offload_moe.decode.wiring import Wiring
-from offload_moe.experts.attach import BoundExperts
+from offload_moe.experts.attach import AdaptedForward, bound_experts
+from offload_moe.families import find_adapter
 from offload_moe.families.layer_spec import AttentionSpec, LayerSpec, NormSpec
 from offload_moe.families.limits import attention_limits, order_limits
 from offload_moe.native import kernels
@@ -234,10 +235,10 @@ def check_layer(native: NativeLayer) -> None:
     attention = _forward(native.layer.get_submodule(native.spec.attention.path))
     has_kernel = isinstance(attention, DecodeAttention) and attention.step is not None
     is_exact = has_kernel and (plain is None or (plain.is_exact and plain.shared is None))
-    stand_ins = [module for module in native.layer.modules() if isinstance(_forward(module), BoundExperts)]
+    stand_ins = [module for module in native.layer.modules() if bound_experts(module) is not None]
     bound = [module.forward for module in stand_ins]
     for module in stand_ins:
-        module.forward = _stand_in
+        module.forward = _with_stand_in(module)
     try:
         for hidden in probes((1, 1, native.hidden_size), torch.float32, torch.device("cpu")):
             theirs = _probe(partial(_call_module, native.layer), native, hidden)
@@ -266,6 +267,14 @@ def _probe(forward: Callable[[Tensor, RowsStep], Any], native: NativeLayer, hidd
 def _call_module(layer: nn.Module, hidden: Tensor, step: RowsStep) -> Any:
     settings = {"attention_mask": None, "past_key_values": step.caches[0], "use_cache": True}
     return answer(layer.forward, hidden, position_embeddings=step.embeddings, **settings)
+
+
+def _with_stand_in(module: nn.Module) -> Callable[..., Any]:
+    """The forward of a module with experts, which a stand-in computes."""
+    adapter = find_adapter(module)
+    if adapter is None:
+        return _stand_in
+    return AdaptedForward(_stand_in, adapter.forward(module, _stand_in))  # type: ignore[arg-type]
 
 
 def _stand_in(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -300,4 +300,5 @@ def _span_layer(layer: NativeLayer, keys: ExpertKeys) -> kernels.SpanLayer:
         shared=block.shared,
         first_key=keys.first(block.bound.layer),
         weight_scale=arithmetic.pair_scale,
+        scales_inputs=block.scales_inputs,
     )

@@ -10,6 +10,7 @@ from offload_moe.families.declared import declared_class
 from offload_moe.families.extended import extended_adapter
 from offload_moe.families.layer_classes import LAYERS
 from offload_moe.profile.belady import Belady
+from offload_moe.quant import CODECS, GGUF, get_codec
 from offload_moe.residency.policy import POLICY_NAMES, check_policy
 from offload_moe.system.extensions import Extension, Kind, installed
 
@@ -48,5 +49,6 @@ def _kinds() -> Mapping[Kind, Built]:
         "policy": ((*POLICY_NAMES, Belady.name), check_policy),
         "model": (CONFIG_MAPPING_NAMES, register_model),
         "layer": (LAYERS, declared_class),
+        "codec": ((*CODECS, GGUF), get_codec),
         "adapter": ([adapter.class_name for adapter in ADAPTERS], extended_adapter),
     }

@@ -35,6 +35,7 @@ from offload_moe.plan.machine import compute_dtype
 from offload_moe.plan.parameters import ModelShape, describe_skeleton
 from offload_moe.plan.placement import Placement
 from offload_moe.plan.room import ContextRoom, may_borrow
+from offload_moe.quant import is_built_in
 from offload_moe.residency.popularity import warm_start
 from offload_moe.speculate.choice import Choice
 from offload_moe.speculate.draft import DraftSource
@@ -47,10 +48,7 @@ from offload_moe.system.lifecycle import has_loaded
 from offload_moe.system.names import DEMO
 from offload_moe.system.progress import Progress, silent
 
-TYPES_ON_THE_CPU = (
-    "The types of GGUF files are computed on the CPU so far: `offload-moe quantize FILE STORE --codec nf4` makes a "
-    "store that uses it."
-)
+NF4_STORE = "`offload-moe quantize MODEL STORE --codec nf4` makes a store that uses a card."
 
 
 def load(
@@ -111,14 +109,20 @@ def _options(options: LoadOptions | None, keywords: LoadKeywords) -> LoadOptions
 
 def _device_for(store: Store, options: LoadOptions) -> torch.device:
     """Where the model is computed. Raises: ConfigError for a device that has no kernels for the store's types."""
-    if store.codec == GGUF:
+    if (why := _why_on_the_cpu(store)) is not None:
         if options.device not in (None, "cpu"):
-            raise ConfigError(
-                f"The types of GGUF files are computed on the CPU so far, not on {options.device}. Leave --device out, "
-                "or convert the file: `offload-moe quantize FILE STORE --codec nf4`."
-            )
+            raise ConfigError(f"{why} Leave --device {options.device} out to use the CPU.")
         return compute_device("cpu")
     return compute_device("cpu" if options.vram_bytes == 0 and options.device is None else options.device)
+
+
+def _why_on_the_cpu(store: Store) -> str | None:
+    """Why a card cannot compute a store's experts; None where it can."""
+    if store.codec == GGUF:
+        return f"The types of GGUF files are computed on the CPU so far: {NF4_STORE}"
+    if not is_built_in(store.codec):
+        return f"The codec {store.codec} of an extension is computed on the CPU: {NF4_STORE}"
+    return None
 
 
 def _open_store(source: str | Path, options: LoadOptions, progress: Progress) -> tuple[Store, list[str]]:
@@ -279,7 +283,7 @@ def _make_room(planned: Planned, engine: Engine) -> ContextRoom:
 def _notices_of_machine(store: Store, options: LoadOptions, device: torch.device) -> list[str]:
     notices = notices_of_budget(device, vram=options.vram_bytes, ram=options.ram_bytes)
     if device.type == "cpu" and options.device is None and options.vram_bytes != 0:
-        why = TYPES_ON_THE_CPU if store.codec == GGUF else None
+        why = _why_on_the_cpu(store)
         notices += [notice] if (notice := notice_of_unused_card(why=why)) else []
     return notices
 

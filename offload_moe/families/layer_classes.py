@@ -196,7 +196,6 @@ LAYERS: Mapping[str, LayerClass] = {
         ),
         block="feed_forward",
         shared="shared_expert",
-        fast_path="no",
     ),
     "MiniMaxM2DecoderLayer": LayerClass(router=CORRECTED, attention=NORMED_ROWS),
     "MixtralDecoderLayer": LayerClass(router=OF_CHOSEN, attention=AttentionClass(window="config.sliding_window")),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from offload_moe.families.layer_spec import AttentionSpec, LayerSpec, RouterSpec
+from offload_moe.families.layer_spec import AttentionSpec, LayerSpec
 
 
 def attention_limits(spec: AttentionSpec) -> list[str]:
@@ -15,12 +15,6 @@ def attention_limits(spec: AttentionSpec) -> list[str]:
         "queries scaled by their position and chunks": spec.query_scale is not None and spec.chunk is not None,
     }
     return _phrase("attention", reasons)
-
-
-def router_limits(spec: RouterSpec) -> list[str]:
-    """Limits of the kernel call for one router."""
-    reasons = {"weights that scale the experts' inputs": spec.scales_inputs}
-    return _phrase("a router", reasons)
 
 
 def order_limits(spec: LayerSpec) -> list[str]:
@@ -43,8 +37,7 @@ def _phrase(part: str, reasons: Mapping[str, bool]) -> list[str]:
 
 def layer_limits(spec: LayerSpec) -> list[str]:
     """All limits. Without any, one native thread takes a token through such layers, if their sizes allow it."""
-    router = [] if spec.router is None else router_limits(spec.router)
-    return [*attention_limits(spec.attention), *order_limits(spec), *router]
+    return [*attention_limits(spec.attention), *order_limits(spec)]
 
 
 def card_limits(spec: LayerSpec) -> list[str]:
@@ -56,8 +49,9 @@ def card_limits(spec: LayerSpec) -> list[str]:
         "queries scaled by their position": attention.query_scale is not None,
     }
     norms = (spec.before_attention, spec.before_mlp)
-    others = {
-        "layer norms": any(norm is not None and norm.is_centered for norm in norms),
+    centered = ["layer norms"] if any(norm is not None and norm.is_centered for norm in norms) else []
+    router = {
         "a sparse mixer": spec.router is not None and spec.router.scoring == "sparsemixer",
+        "weights that scale the experts' inputs": spec.router is not None and spec.router.scales_inputs,
     }
-    return [*layer_limits(spec), *_phrase("attention", reasons), *(each for each, is_so in others.items() if is_so)]
+    return [*layer_limits(spec), *centered, *_phrase("attention", reasons), *_phrase("a router", router)]

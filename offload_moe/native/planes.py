@@ -9,7 +9,7 @@ from offload_moe.errors import ConfigError
 from offload_moe.native.constants import BF16_VALUES, CODECS, FP32_VALUES, GGUF_BLOCKS, GGUF_SUPERBLOCKS
 from offload_moe.native.structs import MatrixStruct
 from offload_moe.quant.blockwise import bias_of
-from offload_moe.quant.gguf import PREFIX, GgufPart, parse_gguf
+from offload_moe.quant.gguf import GGUF, PREFIX, GgufPart, parse_gguf
 from offload_moe.quant.layout import BLOCK, ExpertShape, Matrix, RecordLayout, round_up
 
 VALUES = ("bf16", "fp32")  # no codes
@@ -34,7 +34,8 @@ def unsupported_reason(codec: str, shape: ExpertShape) -> str | None:
 
 def not_in_panels_reason(codec: str) -> str | None:
     """Why records of this codec have no panels, or None when they have."""
-    return f"{codec} records keep their rows in order" if codec in VALUES else None
+    has_panels = (codec in CODECS and codec not in VALUES) or codec.partition(":")[0] == GGUF
+    return None if has_panels else f"{codec} records keep their rows in order"
 
 
 def not_in_rows_reason(codec: str) -> str | None:

@@ -49,7 +49,8 @@ class SharedKernel:
 class SpanLayer:
     """A layer with a router and its experts, or a dense one with its MLP.
 
-    first_key: the key of its first expert in the slot table.
+    first_key: the key of its first expert in the slot table. scales_inputs: weights multiply what the experts are
+    given, not what they give.
     """
 
     step: LayerKernel
@@ -58,6 +59,7 @@ class SpanLayer:
     shared: SharedKernel | None = None
     first_key: int = 0
     weight_scale: float = 1.0
+    scales_inputs: bool = False
 
 
 class SpanRows:
@@ -106,6 +108,7 @@ class SpanRows:
         self.guesses_found = torch.zeros(num_layers, len(ranks), top_k, dtype=torch.uint8)
         self._spaces = {
             "pairs": torch.empty(top_k, x.numel()),
+            "scaled": torch.empty(top_k, x.numel()),
             "guess_space": torch.empty(x.numel() // num_rows + num_experts + top_k),
         }
         leading = self._ranks = array("q", ranks)
@@ -157,6 +160,7 @@ class SpanKernel:
                     shared=None if layer.shared is None else layer.shared.struct_address,
                     first_key=layer.first_key,
                     weight_scale=layer.weight_scale,
+                    scales_inputs=layer.scales_inputs,
                 )
                 for layer in layers
             )

@@ -136,6 +136,7 @@ class SpanLayerStruct(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("layer", "experts", "dense", "shared")),
         ("first_key", ctypes.c_int64),
         ("weight_scale", ctypes.c_float),
+        ("scales_inputs", ctypes.c_int32),
     )
 
 
@@ -158,7 +159,7 @@ class SpanRowsStruct(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("cos", "signed_sin", "rooms")),
         *(
             (name, ctypes.c_void_p)
-            for name in ("x", "residual", "normed", "logits", "weights", "ids", "times", "stalls", "pairs")
+            for name in ("x", "residual", "normed", "logits", "weights", "ids", "times", "stalls", "pairs", "scaled")
         ),
         ("num_ahead", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("ranks", "guesses", "found", "guesses_found", "guess_space")),

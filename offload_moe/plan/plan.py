@@ -23,7 +23,7 @@ from offload_moe.plan.sizes import (
 from offload_moe.plan.source import PlannedSource, open_source
 from offload_moe.plan.speed import Speed
 from offload_moe.plan.stored import as_stored
-from offload_moe.quant import get_codec
+from offload_moe.quant import get_codec, is_built_in
 from offload_moe.store import Store
 from offload_moe.store.in_place import GGUF
 
@@ -86,11 +86,15 @@ def make_plan(
         _agreed("--dense-codec", dense_codec, GGUF)
         return _plan_of_types(source, source.store, replace(machine, vram_bytes=0), context)
     suitable = expert_codecs(source.config)
+    if codec is not None and not is_built_in(codec):
+        suitable += (codec,)
     codec = _suitable("--codec", _agreed("--codec", codec, source.codec) or suitable[0], suitable)
     if source.dense_codec not in (None, LOSSLESS):
         dense_codec = _agreed("--dense-codec", dense_codec, source.dense_codec)
     _suitable("--dense-codec", dense_codec or LOSSLESS, DENSE_CODECS)
     stored = source.dense_codec or dense_codec or LOSSLESS
+    if not is_built_in(codec):
+        machine = replace(machine, vram_bytes=0)
     shape = describe_model(source.config, is_fast_path=_takes_fast_path(codec, machine), dense_names=source.dense_names)
     shape = with_narrow_embeddings(shape, lambda weight: weight.dtype == torch.bfloat16)
     check_context(context, shape)
@@ -135,7 +139,7 @@ def _plan(source: PlannedSource, shape: ModelShape, machine: Machine, settings: 
         store_bytes=store_bytes_per_codec(
             shape,
             settings.stored_dense_codec,
-            expert_codecs(source.config) if settings.codec != GGUF else (GGUF,),
+            dict.fromkeys((*expert_codecs(source.config), settings.codec)) if settings.codec != GGUF else (GGUF,),
         ),
         placement=outlook.placement,
         speed=outlook.speed,

@@ -9,7 +9,7 @@ from offload_moe.convert.jobs import LOSSLESS
 from offload_moe.native.device import tile_rows
 from offload_moe.plan.budget import CPU_PROMPT_TOKENS, DEVICE_PROMPT_TOKENS
 from offload_moe.plan.parameters import ModelShape
-from offload_moe.quant import Matrix
+from offload_moe.quant import Matrix, is_built_in
 
 FEED_FORWARD = ("gate_proj", "up_proj", "gate_up_proj")
 HEAD = "lm_head"
@@ -69,6 +69,7 @@ def tile_bytes(shape: ModelShape, codec: str, dense_codec: str, dtype: torch.dty
 
     Native kernels on the CPU multiply records without decoding. On a device nf4 decodes a matrix for several tokens,
     which does not occur in the output head; other codecs decode a matrix through fp32, a large one by tiles of rows.
+    An expert in the codec of an extension is decoded as a whole.
     """
     is_whole = dense_codec == LOSSLESS
     left_out = (HEAD,) if dense_codec == "nf4" else ()
@@ -85,6 +86,8 @@ def _decoded_bytes(matrices: tuple[Matrix, ...], codec: str, dtype: torch.dtype,
     tiles = [min(matrix.out_features, tile_rows(matrix.in_features)) * matrix.in_features for matrix in matrices]
     if codec == LOSSLESS:
         return 0 if dtype == torch.bfloat16 else sum(sizes) * dtype.itemsize
+    if not is_built_in(codec):
+        return sum(sizes) * (torch.float32.itemsize + dtype.itemsize)
     if not has_device:
         return 0
     if codec == "nf4":

@@ -15,7 +15,8 @@ from torch import Tensor
 from offload_moe.errors import ConfigError
 from offload_moe.quant.layout import ExpertShape, Matrix, RecordLayout, pack_planes
 
-PREFIX = "gguf:"
+GGUF = "gguf"  # of a store, whose records have types of their own
+PREFIX = f"{GGUF}:"
 MOST_TYPES = 3  # an expert's gate, up and down
 
 

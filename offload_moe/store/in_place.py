@@ -13,6 +13,7 @@ from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.gguf_records import GgufRecords, LayerRecords
 from offload_moe.checkpoint.gguf_view import write_small_files
 from offload_moe.native.kernels import panel_order
+from offload_moe.quant import gguf
 from offload_moe.quant.layout import weight_shape
 from offload_moe.store.manifest import DataFile, DenseEntry, Layer, Manifest, Place, StoredFile
 from offload_moe.store.order import Order, reorder
@@ -21,7 +22,7 @@ from offload_moe.store.view import read_view, write_view
 from offload_moe.store.windows import Window, window, window_starts
 from offload_moe.system.paths import MANIFEST_NAME
 
-GGUF = "gguf"
+GGUF = gguf.GGUF
 
 
 class InPlaceStore(Store):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offload_moe.errors import ConfigError, StoreCorrupt, StoreError
 from offload_moe.native.kernels import PanelOrder, panel_order
-from offload_moe.quant import Codec, get_codec
+from offload_moe.quant import Codec, codec_names, get_codec, is_built_in
 from offload_moe.store.manifest import MTP, DataFile, DenseEntry, Layer, Manifest, Place
 from offload_moe.store.manifest_json import read_manifest
 from offload_moe.store.order import Order, reorder
@@ -103,9 +103,10 @@ class Store:
         """Read the manifest and check that every file is there in full; checksums are left to `pieces`.
 
         Raises:
-            StoreError: not a store, or not finished.
+            StoreError: not a store, not finished, or in a codec that no installed package has.
             StoreVersion: another format version wrote it.
             StoreCorrupt: a file is missing or cut short, or the manifest contradicts itself.
+            ConfigError: its codec is of an extension that is broken.
         """
         folder = Path(path)
         if folder.is_file():
@@ -283,6 +284,12 @@ class Store:
 
     def _check_layouts(self) -> None:
         """Check the records' lengths against the codec, since arithmetic would read past shorter ones."""
+        has_extension = not is_built_in(self.codec)
+        if has_extension and self.codec not in codec_names():
+            raise StoreError(
+                f"{self.path} is in the codec {self.codec!r}, which is neither built in nor registered by an installed "
+                "package. Install the package that has it, or quantize the model again."
+            )
         try:
             sizes = [
                 (layer.name, layer.record_bytes, self.codec_of(index).layout(layer.shape))
@@ -294,6 +301,8 @@ class Store:
                 if entry.quantized
             ]
         except ConfigError as error:
+            if has_extension:
+                raise
             raise StoreCorrupt(f"{self.path / MANIFEST_NAME}: {error}") from error
         for name, num_bytes, layout in sizes:
             if layout.record_bytes != num_bytes:

@@ -85,6 +85,7 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
             "results.*.share_of_byte_bound.offload_moe.median",
             "bytes_per_token.offload_moe.*",
             "outside_of_native_calls.*",
+            "trials",
             "offload_moe.first_token_s",
             "offload_moe.distinct_experts_per_layer",
         ),

@@ -10,6 +10,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from support.checkpoints import write_checkpoint
 from support.models import open_model
+from support.native_stores import LLAMA4
 from support.tiny_models import tiny_model, tiny_prompt
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
@@ -370,6 +371,7 @@ def test_another_attention_function_takes_the_modules(model: Model, plain: Model
         ("deepseek_v2", {"q_lora_rank": None, "qk_rope_head_dim": 16}),
         ("deepseek_v3", {"qk_rope_head_dim": 16, "attention_bias": True}),
         ("glm4_moe_lite", {"qk_rope_head_dim": 16}),
+        ("llama4_text", LLAMA4 | {"attention_chunk_size": 6, "num_experts_per_tok": 2}),
     ],
 )
 def test_families_with_a_plan_give_the_numbers_of_their_modules(

@@ -9,19 +9,25 @@ from typing import Any
 import pytest
 import torch
 from support.chat import chat_store
-from support.families import PROMPT, prompt_and_decode
+from support.families import PROMPT, eager_model, prompt_and_decode
 from support.models import open_model
-from support.tiny_models import COMMON
+from support.tiny_models import COMMON, tiny_model
 from transformers.models.dbrx import modeling_dbrx
 
 from offload_moe import load
 from offload_moe.checkpoint.experts import find_experts
 from offload_moe.checkpoint.skeleton import load_config
+from offload_moe.convert.quantize import quantize
 from offload_moe.doctor.extensions import check_extensions
 from offload_moe.engine.model import Model
-from offload_moe.errors import ConfigError, ModelClosed, UnsupportedModelError
+from offload_moe.errors import ConfigError, ModelClosed, StoreError, UnsupportedModelError
 from offload_moe.families import Bound, dbrx, find_adapter
 from offload_moe.families.shapes import gated_shape
+from offload_moe.plan import make_plan
+from offload_moe.plan.machine import Machine
+from offload_moe.quant import get_codec
+from offload_moe.quant.int8 import Int8Codec
+from tests.support.cli import load_cli
 from tests.support.extensions import Site
 
 IDS = torch.tensor([[3, 17, 5, 80, 41]])
@@ -234,3 +240,100 @@ def test_a_model_of_nobody_is_unsupported(tmp_path: Path, site: Site) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "acme_mow"}))
     with pytest.raises(UnsupportedModelError, match=r"'acme_mow' is neither in .* nor registered by an installed"):
         load_config(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mixtral") / "model"
+    tiny_model("mixtral").to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def int6(mixtral: Path, example: Site) -> Path:
+    """A store of it in the example's codec."""
+    path = mixtral.with_name("store")
+    return path if path.exists() else quantize(mixtral, path, codec="int6")
+
+
+class TestCodec:
+    def test_computes_with_the_weights_that_it_decodes(self, mixtral: Path, int6: Path) -> None:
+        oracle = eager_model(mixtral)
+        changes = []
+        for layer in find_experts(oracle):
+            for expert in range(layer.num_experts):
+                tensors = {name: getattr(layer.module, name).data[expert] for name in layer.shape.module_shapes()}
+                record = get_codec("int6").encode(layer.shape, tensors)
+                for name, value in get_codec("int6").decode(layer.shape, record, torch.float32).items():
+                    changes.append((tensors[name] - value).norm() / tensors[name].norm())
+                    tensors[name].copy_(value)
+        assert 0.01 < max(changes) < 0.03
+        with pytest.warns(UserWarning, match="codec int6 has no native kernel"):
+            model = load(int6, dense_codec="bf16", exact=True)
+        with model:
+            expected = prompt_and_decode(oracle)
+            assert (prompt_and_decode(model.hf) - expected).norm() < 1e-5 * expected.norm()
+
+    def test_is_refused_where_it_cannot_be_used(self, mixtral: Path, int6: Path) -> None:
+        with pytest.raises(
+            ConfigError, match=r"codec int6 of an extension is computed on the CPU.* Leave --device cuda"
+        ):
+            load(int6, device="cuda")
+        with pytest.raises(ConfigError, match="int6 is a format of experts"):
+            load(mixtral, dense_codec="int6")
+
+    def test_is_planned(self, mixtral: Path, int6: Path) -> None:
+        machine = Machine(vram_bytes=8 << 30, ram_bytes=8 << 30, disk_bytes=8 << 30)
+        for source in (int6, mixtral):
+            plan = make_plan(source, machine, codec="int6")
+            assert plan.placement.vram is None
+            assert plan.store_bytes["nf4"] < plan.store_bytes["int6"] < plan.store_bytes["int8"]
+        assert "int6" not in make_plan(mixtral, machine).store_bytes
+
+    def test_that_is_not_installed_any_more_is_named(
+        self, int6: Path, site: Site, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        site.remove()
+        for command in ("verify", "plan"):
+            assert load_cli().main([command, str(int6)]) == 1
+            assert "is in the codec 'int6', which is neither built in nor" in capsys.readouterr().err
+        with pytest.raises(StoreError, match="Install the package that has it"):
+            load(int6)
+        assert load_cli().main(["info", str(int6)]) == 0
+        assert "'int6'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("def layout(self, shape): return 1 / 0", "failed: ZeroDivisionError"),
+        ("def layout(self, shape): return 3", "failed: TypeError: .* gives int, not a RecordLayout"),
+        ("def encode(self, shape, tensors): return Int8Codec.encode(self, shape, tensors)[1:]", "is broken: encode"),
+        ("def encode(self, shape, tensors): return None", "failed: AttributeError"),
+        ("def decode(self, *arguments): return {}", "failed: KeyError"),
+        (
+            "def decode(self, shape, record, dtype): return Int8Codec.decode(self, shape, record, torch.half)",
+            "is broken",
+        ),
+        ("def decode(self, *_): raise RuntimeError('too far')", "failed: RuntimeError: too far"),
+    ],
+)
+def test_a_broken_codec_is_refused_by_name(site: Site, body: str, reason: str) -> None:
+    text = "import torch\nfrom offload_moe.quant.int8 import Int8Codec\nclass Torn(Int8Codec):\n    "
+    text += f"{body}\nCODEC = Torn()"
+    site.write("torn-moe", {"offload_moe.codecs": {"torn": "torn:CODEC", "int8": "torn:CODEC"}}, torn=text)
+    shape = gated_shape(64, 32)
+    expert = {name: torch.ones(dims) for name, dims in shape.module_shapes().items()}
+    with pytest.raises(ConfigError, match=rf"The codec 'torn' of torn-moe 1\.0 .*{reason}"):
+        get_codec("torn").layout(shape)
+        get_codec("torn").decode(shape, get_codec("torn").encode(shape, expert), torch.float32)
+    assert type(get_codec("int8")) is Int8Codec
+
+
+@pytest.mark.parametrize("target", ["torn:Torn", "torn:CLASS", "torn:NONE"])
+def test_what_is_no_codec_is_refused_by_name(site: Site, target: str) -> None:
+    text = "from offload_moe.quant.int8 import Int8Codec as CLASS\nNONE = None"
+    site.write("torn-moe", {"offload_moe.codecs": {"torn": target, "a b": "torn:NONE"}}, torn=text)
+    with pytest.raises(ConfigError, match=r"The codec 'torn' of torn-moe 1\.0 "):
+        get_codec("torn")
+    assert [check.verdict for check in check_extensions()] == ["problem"] * 2

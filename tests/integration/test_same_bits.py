@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.checkpoints import write_checkpoint
 from support.kernels import PANEL_SETS
+from support.native_stores import LLAMA4
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -30,6 +31,7 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("glm4_moe", {}),
     ("minimax_m2", {"rotary_dim": 8}),
     ("granitemoe", {"residual_multiplier": 0.3, "embedding_multiplier": 3.0}),
+    ("llama4_text", LLAMA4),
 ]
 
 

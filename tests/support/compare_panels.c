@@ -4,6 +4,7 @@
 #include "gguf_types.h"
 #include "panel.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -86,38 +87,75 @@ static om_panel_tile quantize(const om_panel_set *set, int which, int codec, int
     return (om_panel_tile){quants[which], input_scales[which], corrections[which], num_tokens};
 }
 
+/* NaNs of any payload are the same. */
+static int have_other_bits(const float *mine, const float *theirs, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        if (om_bits(mine[i]) != om_bits(theirs[i]) && !(isnan(mine[i]) && isnan(theirs[i]))) return 1;
+    return 0;
+}
+
+static void fill_inputs(void) {
+    for (int i = 0; i < OM_TILE * MAX_COLUMNS; i++) x[i] = noise();
+}
+
+/* Numbers around 2^-100, subnormal and huge ones, and zeros, by block; infinity or NaN in the odd tokens. */
+static void fill_special_inputs(void) {
+    static const float sizes[] = {0.0f, 0x1p-102f, 0x1p-101f, 1e-40f, 1e30f, 1.0f}; /* of numbers up to twice as great */
+    for (int i = 0; i < OM_TILE * MAX_COLUMNS; i++) {
+        const int token = i / MAX_COLUMNS, column = i % MAX_COLUMNS;
+        const float size = sizes[(token + column / OM_BLOCK) % 6];
+        x[i] = column % 32 == 5 ? -2.0f * size : size * noise();
+        if (column == 9 && token % 2) x[i] = token % 4 == 1 ? NAN : -INFINITY;
+    }
+}
+
+static void spoil_scales(int codec) {
+    if (codec == OM_MXFP4) scales[3] = 0, scales[20] = 255, scales[37] = 254;
+    if (codec == OM_INT8) ((float *)scales)[3] = 1e-40f, ((float *)scales)[20] = NAN, ((float *)scales)[37] = INFINITY;
+    if (codec == OM_NF4) nested[0] = 1e-40f;
+}
+
+static int compare_case(const om_panel_set *set, int codec, int64_t rows, int64_t blocks, int num_tokens, int is_special) {
+    const om_panel_set *sets[] = {set, &om_panels_portable};
+    const om_weights w = random_weights(codec, rows, blocks);
+    (is_special ? fill_special_inputs : fill_inputs)();
+    if (is_special) spoil_scales(codec);
+    memset(results, 0, sizeof results);
+    for (int which = 0; which < 2; which++) {
+        const om_panel_tile tile = quantize(sets[which], which, codec, blocks, num_tokens);
+        sets[which]->rows[codec](&w, 0, rows, &tile, results[which], MAX_ROWS);
+    }
+    if (!have_other_bits(results[0], results[1], OM_TILE * MAX_ROWS)) return 0;
+    printf("%s%s, %d rows, %d blocks, %d tokens: other bits than portable\n", is_special ? "special " : "", codecs[codec], (int)rows,
+           (int)blocks, num_tokens);
+    return 1;
+}
+
 static int compare_rows(const om_panel_set *set) {
     static const int64_t rows[] = {16, 53, 37, 7}, blocks[] = {1, 2, 5, 12, 32};
     int num_bad = 0, num_cases = 0;
     for (int codec = OM_NF4; codec < OM_NUM_CODECS; codec++)
-        for (size_t r = 0; r < sizeof rows / sizeof *rows; r++)
-            for (size_t b = OM_ARE_VALUES(codec) ? 5 : OM_IS_GGUF(codec) && OM_IS_OF_256(codec) ? 3 : 0; b < 5; b++)
-                for (int num_tokens = 1; num_tokens <= OM_TILE; num_tokens *= 2, num_cases++) {
-                    const om_panel_set *sets[] = {set, &om_panels_portable};
-                    const om_weights w = random_weights(codec, rows[r], blocks[b]);
-                    for (int i = 0; i < OM_TILE * MAX_COLUMNS; i++) x[i] = noise();
-                    memset(results, 0, sizeof results);
-                    for (int which = 0; which < 2; which++) {
-                        const om_panel_tile tile = quantize(sets[which], which, codec, blocks[b], num_tokens);
-                        sets[which]->rows[codec](&w, 0, rows[r], &tile, results[which], MAX_ROWS);
-                    }
-                    if (memcmp(results[0], results[1], sizeof results[0]) == 0) continue;
-                    num_bad++;
-                    printf("%s, %d rows, %d blocks, %d tokens: other bits than portable\n", codecs[codec], (int)rows[r],
-                           (int)blocks[b], num_tokens);
-                }
+        for (size_t b = OM_ARE_VALUES(codec) ? 5 : OM_IS_GGUF(codec) && OM_IS_OF_256(codec) ? 3 : 0; b < 5; b++)
+            for (int num_tokens = 1; num_tokens <= OM_TILE; num_tokens *= 2, num_cases += 5) {
+                for (size_t r = 0; r < sizeof rows / sizeof *rows; r++)
+                    num_bad += compare_case(set, codec, rows[r], blocks[b], num_tokens, 0);
+                num_bad += compare_case(set, codec, MAX_ROWS, blocks[b], num_tokens, 1);
+            }
     printf("panels: %d of %d cases have other bits than portable\n", num_bad, num_cases);
     return num_bad;
 }
 
 static int compare_activations(const om_panel_set *set) {
     static float gate[COUNT], up[COUNT], mine[COUNT], portable[COUNT];
+    static const float special[] = {NAN, INFINITY, -INFINITY, 0.0f, -0.0f, 1e-40f, 3e38f, -3e38f, 88.0f, -87.0f};
+    enum { NUM_SPECIAL = sizeof special / sizeof *special };
     int num_bad = 0;
     for (int i = 0; i < COUNT; i++) gate[i] = noise() * noise() * 25.0f, up[i] = noise() * 5.0f;
+    for (int i = 0; i < NUM_SPECIAL * NUM_SPECIAL; i++) gate[i] = special[i % NUM_SPECIAL], up[i] = special[i / NUM_SPECIAL];
     for (int activation = OM_SILU; activation <= OM_IDENTITY; activation++) {
         set->activate(activation, 1.702f, 7.0f, 1, gate, up, mine, COUNT);
         om_panels_portable.activate(activation, 1.702f, 7.0f, 1, gate, up, portable, COUNT);
-        if (memcmp(mine, portable, sizeof mine) != 0) num_bad++;
+        num_bad += have_other_bits(mine, portable, COUNT);
     }
     printf("panels: %d of %d activations have other bits than portable\n", num_bad, OM_IDENTITY + 1);
     return num_bad;

@@ -134,8 +134,54 @@ static int compare_rows(const om_vector_set *set) {
     return num_bad;
 }
 
+enum { DELTA_DIM = 128, KEY_HEADS = 2, DELTA_HEADS = 3 * KEY_HEADS, TAPS = 4,
+       CHANNELS = 2 * KEY_HEADS * DELTA_DIM + DELTA_HEADS * DELTA_DIM };
+
+typedef struct {
+    float inputs[CHANNELS * TAPS], state[DELTA_HEADS * DELTA_DIM * DELTA_DIM], out[DELTA_HEADS * DELTA_DIM];
+} delta_results;
+
+/* Tokens one behind the other: many where the state is small, for the numbers that its heads fade by. */
+static int compare_delta(const om_vector_set *set, om_delta layer) {
+    static float mixed[CHANNELS], gates[DELTA_HEADS * DELTA_DIM], strengths[DELTA_HEADS], times[DELTA_HEADS];
+    static delta_results results[2];
+    const om_vector_set *sets[] = {set, &om_vectors_portable};
+    const int64_t shared = layer.num_heads / KEY_HEADS, keys = KEY_HEADS * layer.key_dim;
+    const om_delta_inputs projected = {.queries = mixed, .keys = mixed + keys, .values = mixed + 2 * keys, .gates = gates,
+        .strengths = strengths, .times = times, .strides = {layer.key_dim, shared * layer.value_dim, shared * layer.value_dim, shared}};
+    const int num_tokens = layer.value_dim == 16 ? 150 : 3;
+    int num_bad = 0;
+    memset(results, 0, sizeof results);
+    for (int token = 0; token < num_tokens; token++) {
+        fill(mixed, CHANNELS), fill(gates, DELTA_HEADS * DELTA_DIM), fill(strengths, DELTA_HEADS);
+        for (int h = 0; h < DELTA_HEADS; h++) times[h] = (h % 2 ? 12.0f : 2.0f) * noise(); /* also beyond both ends of the softplus */
+        for (int which = 0; which < 2; which++)
+            for (int64_t g = 0; g < KEY_HEADS; g++)
+                sets[which]->delta_heads(&layer, &projected, g, results[which].inputs, results[which].state, results[which].out);
+        num_bad += differ("a step of a delta rule", results, results + 1, sizeof *results);
+    }
+    return num_bad > 0;
+}
+
+static int compare_deltas(const om_vector_set *set) {
+    static const int64_t dims[][2] = {{16, 16}, {16, 80}, {DELTA_DIM, 48}, {32, DELTA_DIM}};
+    static float weight[CHANNELS * TAPS], bias[CHANNELS], decays[DELTA_HEADS], time_biases[DELTA_HEADS], norm[DELTA_DIM];
+    int num_bad = 0, num_cases = 0;
+    fill(weight, CHANNELS * TAPS), fill(bias, CHANNELS), fill(time_biases, DELTA_HEADS), fill(norm, DELTA_DIM);
+    for (int h = 0; h < DELTA_HEADS; h++) decays[h] = -0.5f * (float)(h + 1);
+    for (size_t d = 0; d < sizeof dims / sizeof *dims; d++)
+        for (int64_t shared = 1; shared <= DELTA_HEADS / KEY_HEADS; shared++)
+            for (int64_t taps = 2; taps <= TAPS; taps++, num_cases++)
+                num_bad += compare_delta(set, (om_delta){
+                    .conv_weight = weight, .conv_bias = taps % 2 ? bias : NULL, .decays = decays, .time_biases = time_biases,
+                    .norm = norm, .num_heads = shared * KEY_HEADS, .num_key_heads = KEY_HEADS, .key_dim = dims[d][0],
+                    .value_dim = dims[d][1], .conv_length = taps, .epsilon = 1e-6f});
+    printf("vectors: %d of %d delta rules have other bits than portable\n", num_bad, num_cases);
+    return num_bad;
+}
+
 int main(int count, char **arguments) {
     const om_vector_set *set = count == 2 ? find(arguments[1]) : NULL;
     if (set == NULL) return 2;
-    return compare_all_attention(set) + compare_sums(set) + compare_rows(set) > 0;
+    return compare_all_attention(set) + compare_sums(set) + compare_rows(set) + compare_deltas(set) > 0;
 }

@@ -1,5 +1,6 @@
 """Extensions on the import path, as pip leaves them: a module and its metadata."""
 
+import shutil
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -33,6 +34,11 @@ class Site:
         for name, text in modules.items():
             (self.folder / f"{name}.py").write_text(text)
             self._monkeypatch.delitem(sys.modules, name, raising=False)
+        extensions.installed.cache_clear()
+
+    def remove(self) -> None:
+        """Uninstall everything. Modules that were imported stay."""
+        shutil.rmtree(self.folder)
         extensions.installed.cache_clear()
 
 

@@ -6,6 +6,8 @@ from typing import Any
 from offload_moe.convert.quantize import quantize
 from tests.support.checkpoints import write_checkpoint
 
+# A dense layer, one without rotation, and chunks that short contexts leave.
+LLAMA4 = {"moe_layers": [1, 2], "no_rope_layers": [1, 0, 1], "attention_chunk_size": 12, "floor_scale": 4}
 # family, changes, codec
 STORES: dict[str, tuple[str, dict[str, Any], str]] = {
     "mixtral, nf4": ("mixtral", {}, "nf4"),
@@ -15,6 +17,7 @@ STORES: dict[str, tuple[str, dict[str, Any], str]] = {
     "phimoe, nf4": ("phimoe", {"router_jitter_noise": 0.2, "attention_bias": True, "lm_head_bias": True}, "nf4"),
     "gpt_oss, int8": ("gpt_oss", {"sliding_window": 16}, "int8"),
     "deepseek_v3, nf4": ("deepseek_v3", {"qk_rope_head_dim": 16}, "nf4"),
+    "llama4, nf4": ("llama4_text", LLAMA4 | {"num_experts_per_tok": 2}, "nf4"),
 }
 
 

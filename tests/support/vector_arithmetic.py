@@ -23,6 +23,10 @@ def exp(t: float) -> F:
     return (fma(p, r * r, r) + F(1)) * F(2.0**n)
 
 
+def sigmoid(z: float) -> F:
+    return F(1) / (F(1) + exp(-z))
+
+
 def log(x: float) -> F:
     m, exponent = np.frexp(F(x))
     if m < F(0.70710678118654752):

@@ -103,6 +103,15 @@ def test_not_even_zeros_are_allocated() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB on Linux
 
 
+@pytest.mark.parametrize("family", ["llama4_text", "llama4", "qwen3_moe"])
+def test_the_decoder_of_a_skeleton_has_its_layers(family: str) -> None:
+    """transformers takes the whole of a Llama 4 model for it."""
+    model = build_skeleton(tiny_config(family))
+    assert len(model.get_decoder().layers) == 3
+    assert model.get_decoder() is model.model
+    assert not [name for name in model.state_dict() if "decoder" in name]
+
+
 def test_projections_and_nothing_delicate() -> None:
     names = {name.rpartition(".")[2] for name in projection_linears(build_skeleton(tiny_config("deepseek_v3")))}
     assert names == {"q_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}

@@ -52,6 +52,7 @@ def test_the_end_is_not_spent_on_garbage(tmp_path: Path) -> None:
 
 HEAVY = (
     *("torch", "transformers", "accelerate", "bitsandbytes", "safetensors", "huggingface_hub", "tokenizers"),
+    "importlib.metadata",  # looks at every installed package
     *("numpy", "gguf", "psutil", "rich", "markdown_it", "prompt_toolkit", "starlette", "uvicorn", "ctypes"),
 )
 
@@ -64,6 +65,8 @@ HEAVY = (
         "from tests.support.cli import load_cli; load_cli().build_parser().format_help()",
         "from tests.support.cli import load_cli; load_cli().main(['--complete', 'chat', '--po'])",
         "from tests.support.cli import load_cli; load_cli().main(['config'])",
+        "from tests.support.cli import load_cli; load_cli().build_parser().parse_args("
+        "['run', 'demo', 'x', '--policy', 'lru', '--codec', 'nf4'])",
     ],
 )
 def test_what_is_quick_imports_nothing_heavy(tmp_path: Path, use: str) -> None:

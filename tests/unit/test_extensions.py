@@ -20,7 +20,13 @@ from tests.support.extensions import Site
 
 main = load_cli()
 KEYS = ExpertKeys([4])
-EXAMPLES = ("policy least-weight", "model example_moe", "layer ExampleMoeDecoderLayer", "adapter ExampleMoeExperts")
+EXAMPLES = (
+    "policy least-weight",
+    "model example_moe",
+    "layer ExampleMoeDecoderLayer",
+    "adapter ExampleMoeExperts",
+    "codec int6",
+)
 POLICIES = "offload_moe.policies"
 MOST_RECENT = """
 from offload_moe.residency.policy.lru import LRU
@@ -180,9 +186,20 @@ class TestPolicy:
 
 
 @pytest.mark.usefixtures("example")
+def test_a_codec_is_a_choice_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("quantize", "plan", "simulate", "chat"):
+        assert main.main(["--complete", command, "--codec", "i"]) == 0
+        assert capsys.readouterr().out.split() == ["int6", "int8"]
+    assert main.build_parser().parse_args(["plan", "demo", "--codec", "int6"]).codec == "int6"
+    for arguments in (["plan", "demo", "--codec", "int5"], ["plan", "demo", "--dense-codec", "int6"]):
+        with pytest.raises(SystemExit, match="2"):
+            main.main(arguments)
+        assert ("int6" in capsys.readouterr().err.partition("choose from")[2]) == ("int5" in arguments)
+
+
+@pytest.mark.usefixtures("example")
 def test_the_doctor_lists_the_example(site: Site) -> None:
     checks = check_extensions()
     assert {check.verdict for check in checks} == {"ok"}
-    assert [check.found for check in checks] == [
-        f"{what} of moe-extension-example 1.0, in {site.folder}" for what in EXAMPLES
-    ]
+    found = {check.found for check in checks}
+    assert found == {f"{what} of moe-extension-example 1.0, in {site.folder}" for what in EXAMPLES}

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 import pytest
 import torch
+from support import vector_arithmetic
 from support.kernels import SETS, Experts, make_experts, make_linear
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from offload_moe.native import kernels
 
 HIDDEN, HEADS, DIM, CAPACITY, LENGTH = 128, 4, 32, 16, 5
 NUM_EXPERTS, TOP_K, NUM_LAYERS = 6, 3, 3
-SCALE = 0.75
+SCALE, RESIDUAL_SCALE = 0.75, 0.3
 pytestmark = pytest.mark.usefixtures("best_kernels_afterwards")
 
 
@@ -29,7 +30,7 @@ class Layer:
             [*projections, make_linear("int8", HIDDEN, HEADS * DIM)], head_dim=DIM, rotated_dims=DIM, scaling=0.3
         )
         self.router = kernels.RouterKernel(make_linear("bf16", NUM_EXPERTS, HIDDEN), top_k=TOP_K, is_of_chosen=True)
-        self.step = kernels.LayerKernel(self.norms, self.attention, self.router)
+        self.step = kernels.LayerKernel(self.norms, self.attention, self.router, RESIDUAL_SCALE)
         self.experts: Experts = make_experts("nf4", HIDDEN, 64 * (number + 1), count=NUM_EXPERTS)
         self.kernel = kernels.ExpertKernel("nf4", self.experts.shape, self.experts.layout, activation="silu")
         self.keys, self.values = (torch.randn(1, HEADS, CAPACITY, DIM) for _ in range(2))
@@ -39,7 +40,7 @@ class Layer:
         normed, residual = torch.empty_like(x), torch.empty_like(x)
         self.norms[0].step(x, normed)
         self.attention.step(normed, cos, sin, [(self.keys, self.values, LENGTH)], residual)
-        residual = residual + x
+        residual = x + RESIDUAL_SCALE * residual
         self.norms[1].step(residual, normed)
         routed = torch.empty(1, NUM_EXPERTS), torch.empty(1, TOP_K), torch.empty(1, TOP_K, dtype=torch.int64)
         self.router.step(normed, *routed)
@@ -51,7 +52,7 @@ class Layer:
         chosen, out = sorted(weight_of), torch.empty_like(normed)
         addresses = [self.experts.records[expert].data_ptr() for expert in chosen]
         self.kernel.forward_token(normed, addresses, [weight_of[expert] for expert in chosen], out)
-        return residual + out
+        return residual + RESIDUAL_SCALE * out
 
 
 def rotary() -> tuple[Tensor, Tensor]:
@@ -81,7 +82,7 @@ def test_a_layer_without_a_router_leaves_it_to_the_caller() -> None:
     layer, x = Layer(0), one_token()
     residual, normed, _ = layer.separately(x, *rotary())
     got = torch.empty_like(x), torch.empty_like(x)
-    step = kernels.LayerKernel(layer.norms, layer.attention, None)
+    step = kernels.LayerKernel(layer.norms, layer.attention, None, RESIDUAL_SCALE)
     step.step(x, *rotary(), [(layer.keys, layer.values, LENGTH)], *got, None)
     assert torch.equal(got[0], residual)
     assert torch.equal(got[1], normed)
@@ -93,13 +94,14 @@ def test_a_shared_expert_is_added_as_much_as_its_gate_says(has_gate: bool) -> No
     gate_proj, up_proj = make_linear("nf4", 64, HIDDEN), make_linear("nf4", 64, HIDDEN)
     kernel = kernels.MlpKernel(gate_proj, up_proj, make_linear("int8", HIDDEN, 64), activation="silu")
     gate = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(1)) * 0.1 if has_gate else None
-    out, alone = torch.ones(1, HIDDEN), torch.empty(1, HIDDEN)
+    out, alone = torch.randn(1, HIDDEN), torch.empty(1, HIDDEN)
     kernel.forward(x, alone)
+    share = 1.0 if gate is None else float(vector_arithmetic.sigmoid(vector_arithmetic.dot(x[0].numpy(), gate.numpy())))
+    expected = out + share * alone
     kernels.SharedKernel(kernel, gate).add(x, out)
-    share = 1.0 if gate is None else (gate.double() @ x[0].double()).sigmoid().item()
     assert alone.norm() > 0.1
     assert gate is None or 0.1 < share < 0.9
-    assert torch.allclose(out, 1 + share * alone, rtol=1e-5, atol=1e-6)
+    assert torch.equal(out, expected)
 
 
 def slot_of(key: int) -> int:

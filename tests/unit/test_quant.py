@@ -1,4 +1,4 @@
-"""Codecs against bitsandbytes and against themselves."""
+"""What every codec promises, those of installed extensions included, and codecs against bitsandbytes."""
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -6,11 +6,12 @@ import torch
 
 from offload_moe.errors import CheckpointError, ConfigError
 from offload_moe.native.kernels import PanelOrder, fast_encoding
-from offload_moe.quant import CODECS, ExpertShape, Matrix, get_codec
+from offload_moe.quant import Codec, ExpertShape, Matrix, codec_names, get_codec
 from offload_moe.quant.mxfp4 import Mxfp4Codec, mxfp4_values
 from offload_moe.quant.nf4 import NF4_TABLE, dynamic_map
 from offload_moe.quant.pieces import encode_pieces
 
+EXAMPLE = "int6"  # of examples/extension
 GATED = ExpertShape(
     matrices=(
         Matrix(name="gate_up_proj", out_features=48, in_features=80),
@@ -31,7 +32,10 @@ def make_expert(shape: ExpertShape, dtype: torch.dtype = torch.bfloat16) -> dict
 
 
 @pytest.mark.parametrize("shape", [GATED, GPT_OSS], ids=["gated", "gpt_oss"])
-@pytest.mark.parametrize(("codec", "tolerance"), [("nf4", 0.12), ("int8", 0.006), ("bf16", 0.0), ("mxfp4", 0.15)])
+@pytest.mark.parametrize(
+    ("codec", "tolerance"), [("nf4", 0.12), ("int8", 0.006), ("bf16", 0.0), ("mxfp4", 0.15), (EXAMPLE, 0.026)]
+)
+@pytest.mark.usefixtures("example")
 def test_decode_returns_the_module_layout(codec: str, tolerance: float, shape: ExpertShape) -> None:
     expert = make_expert(shape)
     record = get_codec(codec).encode(shape, expert)
@@ -69,19 +73,40 @@ def test_kernel_rows_put_gate_before_up() -> None:
     assert torch.equal(shape.to_module_layout("gate_up_proj", rows), interleaved)
 
 
-@pytest.mark.parametrize("codec", sorted(CODECS))
-def test_nan_weights_are_refused_by_name(codec: str) -> None:
-    expert = make_expert(GATED)
-    expert["down_proj"][3, 3] = float("nan")
-    with pytest.raises(CheckpointError, match="down_proj"):
-        get_codec(codec).encode(GATED, expert)
+class TestContract:
+    @pytest.fixture(params=(*codec_names(), EXAMPLE))
+    def codec(self, request: pytest.FixtureRequest) -> Codec:
+        if request.param == EXAMPLE:
+            request.getfixturevalue("example")
+        return get_codec(request.param)
 
+    @pytest.mark.parametrize("shape", [GATED, GPT_OSS], ids=["gated", "gpt_oss"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_experts_come_back_in_their_own_layout(self, codec: Codec, shape: ExpertShape, dtype: torch.dtype) -> None:
+        expert = make_expert(shape, dtype)
+        record = codec.encode(shape, expert)
+        assert (record.dtype, record.shape) == (torch.uint8, (codec.layout(shape).record_bytes,))
+        before = record.clone()
+        for chosen in (torch.float32, torch.bfloat16):
+            decoded = codec.decode(shape, record, chosen)
+            assert decoded.keys() == expert.keys()
+            for name, value in decoded.items():
+                assert (value.dtype, value.shape) == (chosen, expert[name].shape)
+                assert (value.float() - expert[name].float()).norm() < 0.2 * expert[name].float().norm()
+        assert torch.equal(record, before)
+        assert torch.equal(codec.encode(shape, expert), before)
 
-@pytest.mark.parametrize("codec", sorted(CODECS))
-def test_zero_experts_decode_to_zero(codec: str) -> None:
-    zeros = {name: torch.zeros(dims) for name, dims in GATED.module_shapes().items()}
-    decoded = get_codec(codec).decode(GATED, get_codec(codec).encode(GATED, zeros), torch.float32)
-    assert all(not value.any() for value in decoded.values())
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_weights_that_are_no_numbers_are_refused_by_name(self, codec: Codec, value: float) -> None:
+        expert = make_expert(GATED)
+        expert["down_proj"][3, 3] = value
+        with pytest.raises(CheckpointError, match="down_proj"):
+            codec.encode(GATED, expert)
+
+    def test_zero_experts_decode_to_zero(self, codec: Codec) -> None:
+        zeros = {name: torch.zeros(dims) for name, dims in GATED.module_shapes().items()}
+        decoded = codec.decode(GATED, codec.encode(GATED, zeros), torch.float32)
+        assert all(not value.any() for value in decoded.values())
 
 
 def test_unknown_codec_names_the_known_ones() -> None:

@@ -201,6 +201,27 @@ def test_a_router_is_the_definition(is_of_chosen: bool, codec: str, columns: int
     assert np.array_equal(bits(weights), (shares if is_of_chosen else shares[order]).view(np.int32))
 
 
+@pytest.mark.parametrize("instruction_set", PANEL_SETS)
+@pytest.mark.parametrize("is_of_chosen", [True, False])
+def test_a_router_of_sigmoids_is_the_definition(is_of_chosen: bool, instruction_set: str) -> None:
+    torch.manual_seed(3)
+    linear, correction = make_linear("fp32", 21, 40), torch.rand(21)
+    logits, weights, ids = torch.empty(3, 21), torch.empty(3, 9), torch.empty(3, 9, dtype=torch.int64)
+    settings = {"is_sigmoid": True, "correction": correction, "scale": 2.3}
+    kernels.select_instruction_set(instruction_set)
+    router = kernels.RouterKernel(linear, top_k=9, is_of_chosen=is_of_chosen, **settings)
+    router.step(torch.randn(3, 40), logits, weights, ids)
+    for row in range(3):
+        scores = [vector_arithmetic.sigmoid(logit) for logit in logits[row].numpy()]
+        order = sorted(range(21), key=lambda expert: -(scores[expert] + correction.numpy()[expert]))[:9]
+        chosen, total = [scores[expert] for expert in order], np.float32(0)
+        for each in chosen:
+            total = total + each
+        shares = [each / (total + np.float32(1e-20)) for each in chosen] if is_of_chosen else chosen
+        assert ids[row].tolist() == order
+        assert np.array_equal(bits(weights[row]), (np.array(shares) * np.float32(2.3)).view(np.int32))
+
+
 @pytest.mark.parametrize("instruction_set", [name for name in PANEL_SETS if name != "portable"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_numbers_have_the_same_bits_for_any_number_of_tokens(instruction_set: str, dtype: torch.dtype) -> None:

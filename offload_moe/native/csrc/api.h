@@ -101,7 +101,8 @@
     FIELD(T, const om_mlp *, dense, ) /* of a dense layer */ \
     FIELD(T, const om_shared *, shared, ) /* NULL if the layer has none */ \
     FIELD(T, int64_t, first_key, ) /* the key of the layer's first expert */ \
-    FIELD(T, float, weight_scale, )
+    FIELD(T, float, weight_scale, ) \
+    FIELD(T, int32_t, scales_inputs, ) /* weights multiply what experts are given, not what they give */
 
 #define OM_SPAN_FIELDS(FIELD, T) \
     FIELD(T, const om_span_layer *, layers, ) \
@@ -120,7 +121,7 @@
     FIELD(T, int64_t *, ids, ) /* [L, N, K] */ \
     FIELD(T, double *, times, ) /* [L, 2]: seconds since the start when the experts of a layer began and ended */ \
     FIELD(T, double *, stalls, ) /* [L]: seconds that a layer waited for experts */ \
-    FIELD(T, float *, pairs, ) /* [N, K, H] */ \
+    FIELD(T, float *, pairs, ) FIELD(T, float *, scaled, ) /* [N, K, H] each; what experts are given where it is scaled */ \
     FIELD(T, int64_t, num_ahead, ) /* following layers with experts whose routers are evaluated ahead, on the last row */ \
     FIELD(T, const int64_t *, ranks, ) /* [num_ahead]: how many of the likeliest guesses are fetched */ \
     FIELD(T, int64_t *, guesses, ) /* [L, num_ahead, K]: ids that these routers choose */ \

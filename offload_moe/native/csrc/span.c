@@ -198,9 +198,22 @@ static void gather_pairs(const om_pass *pass, int64_t at, const om_chosen *chose
     }
 }
 
-static int forward(const om_pass *pass, int64_t at, const om_pairs *pairs, const int32_t *out_ids, int64_t num_experts, float *out) {
-    return om_moe_forward(layer_of(pass->span, at)->experts, pass->rows->normed, pass->rows->num_rows, OM_F32, pairs->records,
-                          pairs->offsets, pairs->row_ids, out_ids, pairs->weights, num_experts, out, OM_F32, 0);
+/* Where inputs are scaled, each pair has a row of its own, and its weight is 1 afterwards. */
+static int forward(const om_pass *pass, int64_t at, om_pairs *pairs, const int32_t *out_ids, int64_t num_experts, float *out) {
+    const om_span_layer *layer = layer_of(pass->span, at);
+    const int64_t hidden = pass->span->hidden, num_pairs = pairs->offsets[num_experts];
+    int32_t own_rows[MAX_PAIRS];
+    if (!layer->scales_inputs)
+        return om_moe_forward(layer->experts, pass->rows->normed, pass->rows->num_rows, OM_F32, pairs->records, pairs->offsets,
+                              pairs->row_ids, out_ids, pairs->weights, num_experts, out, OM_F32, 0);
+    for (int32_t pair = 0; pair < num_pairs; pair++) {
+        const float *x = pass->rows->normed + pairs->row_ids[pair] * hidden, weight = pairs->weights[pair];
+        for (int64_t i = 0; i < hidden; i++) pass->rows->scaled[pair * hidden + i] = weight * x[i];
+        own_rows[pair] = pair;
+        pairs->weights[pair] = 1.0f;
+    }
+    return om_moe_forward(layer->experts, pass->rows->scaled, num_pairs, OM_F32, pairs->records, pairs->offsets, own_rows,
+                          out_ids != NULL ? out_ids : pairs->row_ids, pairs->weights, num_experts, out, OM_F32, 0);
 }
 
 /* x[N, H] = the weighted sums of the experts, all of which are leased. */
