@@ -22,7 +22,7 @@ import offload_moe  # noqa: F401  before torch, as the command does: it sets how
 
 NATIVE_CALLS = (
     *("om_span_pass", "om_layer_step", "om_moe_forward", "om_linear_forward"),
-    *("om_attention_step", "om_router_step", "om_rms_norm", "om_add_shared"),
+    *("om_attention_step", "om_router_step", "om_norm", "om_add_shared"),
 )
 
 

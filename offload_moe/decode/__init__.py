@@ -21,7 +21,7 @@ from offload_moe.decode.forward import DecoderForward, NextTokens
 from offload_moe.decode.head import head_alone
 from offload_moe.decode.latent import absorb_latents
 from offload_moe.decode.mlp import fuse_mlps
-from offload_moe.decode.norm import fuse_norms
+from offload_moe.decode.norm import fuse_layer_norms, fuse_norms
 from offload_moe.decode.plan import Planned, plan_pass
 from offload_moe.decode.report import DENSE, LayerPath, layer_paths, tell_reasons
 from offload_moe.decode.router import shorten_routers
@@ -95,6 +95,7 @@ def make_fast(
     fuse_mlps(hf)
     fuse_norms(hf, is_exact=is_exact)
     if not is_exact:
+        fuse_layer_norms(hf)
         fuse_delta_rules(hf)
     cache_dtype = kept or torch.float32
     shorten_attention(hf, is_exact=is_exact, cache_dtype=cache_dtype)

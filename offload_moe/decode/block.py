@@ -15,7 +15,6 @@ from offload_moe.experts.attach import AdaptedForward, BoundExperts, bound_exper
 from offload_moe.experts.native import NativeArithmetic
 from offload_moe.families.layer_reference import tensor_at
 from offload_moe.families.layer_spec import LayerSpec, RouterSpec
-from offload_moe.families.limits import router_limits
 from offload_moe.native import kernels
 
 
@@ -69,7 +68,7 @@ class PlainBlock:
 
 def plain_block(layer: nn.Module, spec: LayerSpec) -> PlainBlock | None:
     """The parts of a layer's block; None where it is a dense MLP, or has a part that no kernel computes."""
-    if spec.router is None or router_limits(spec.router):
+    if spec.router is None:
         return None
     path = spec.experts.rpartition(".")[0] if spec.router.scales_inputs else spec.experts
     experts, router = layer.get_submodule(path), layer.get_submodule(spec.router.path)
@@ -112,6 +111,7 @@ def _route(layer: nn.Module, spec: RouterSpec) -> kernels.RouterKernel | None:
             num_groups=spec.num_groups,
             num_chosen_groups=spec.num_chosen_groups,
             num_best=1 if spec.group_score == "max" else 2,
+            jitter=spec.jitter if spec.scoring == "sparsemixer" else None,
             scale=spec.scale,
         )
     except ConfigError:

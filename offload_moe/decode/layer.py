@@ -25,7 +25,7 @@ from offload_moe.decode.delta_step import DeltaStep, delta_step
 from offload_moe.decode.hooks import Hooks
 from offload_moe.decode.latent_step import LatentStep, latent_step
 from offload_moe.decode.mlp import FusedMLP
-from offload_moe.decode.norm import FusedRMSNorm
+from offload_moe.decode.norm import norm_kernel
 from offload_moe.decode.probe import NUM_CACHED, Refused, Uncovered, agree, answer, probes
 from offload_moe.decode.rotary import Embeddings, Rotary, RotaryTable
 from offload_moe.decode.router import room_for_routed
@@ -224,10 +224,10 @@ def _forward(module: nn.Module) -> Any:
 
 
 def _norm_kernel(layer: nn.Module, spec: NormSpec) -> kernels.NormKernel:
-    norm = _forward(layer.get_submodule(spec.path))
-    if not isinstance(norm, FusedRMSNorm) or norm.kernel is None:
+    kernel = norm_kernel(layer.get_submodule(spec.path))
+    if kernel is None:
         raise Uncovered("norms that are not kernel calls")
-    return norm.kernel
+    return kernel
 
 
 @torch.inference_mode()

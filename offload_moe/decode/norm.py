@@ -1,11 +1,11 @@
-"""RMS norms in one call: of the kernels, or of torch's own function.
+"""RMS norms in one call: of the kernels, or of torch's own function. Layer norms in a kernel call.
 
 Six operations become one. In fp32 torch's results are the same bits; in 16-bit formats it rounds once where the modules
 round twice. The kernel's are 1e-6 from them, and those of each row do not depend on how many there are.
 """
 
 import inspect
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from offload_moe.decode.probe import Refused, agree, answer, probes, structure
+from offload_moe.families.read_layer import layer_spec
 from offload_moe.native import kernels
 
 
@@ -36,6 +37,28 @@ class FusedRMSNorm:
             kernel.step(x, out)
             return out
         return functional.rms_norm(hidden_states, self._shape, self.weight, self.eps)
+
+
+class FusedLayerNorm:
+    """The forward of one layer norm with a bias, ``[..., H] -> [..., H]``: in fp32 a kernel call."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        self._own_forward: Callable[[Tensor], Tensor] = norm.forward
+        self.kernel = kernels.NormKernel(norm.weight, norm.eps, norm.bias)
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype != torch.float32 or hidden_states.requires_grad:
+            return self._own_forward(hidden_states)
+        x = hidden_states.contiguous()
+        out = torch.empty_like(x)
+        self.kernel.step(x, out)
+        return out
+
+
+def norm_kernel(norm: nn.Module) -> kernels.NormKernel | None:
+    """The kernel call that its forward is, if it is one."""
+    forward = vars(norm).get("forward")
+    return forward.kernel if isinstance(forward, FusedRMSNorm | FusedLayerNorm) else None
 
 
 def fuse_norms(model: nn.Module, *, is_exact: bool) -> int:
@@ -70,6 +93,37 @@ class _Recognized:
 
 
 @torch.inference_mode()
+def fuse_layer_norms(hf: Any) -> int:
+    """Make the layer norms of declared layers, and the one behind them, kernel calls. Returns how many."""
+    is_same: dict[Hashable, bool] = {}
+    num_fused = 0
+    for norm in filter(_has_kernel, _declared_norms(hf.get_decoder())):
+        fused, kind = FusedLayerNorm(norm), structure(norm)
+        if kind not in is_same:
+            inputs = probes((3, fused.kernel.length), torch.float32, torch.device("cpu"))
+            is_same[kind] = all(_same(norm, fused, x, is_exact=False) for x in inputs)
+        if is_same[kind]:
+            norm.forward = fused
+            num_fused += 1
+    return num_fused
+
+
+def _declared_norms(decoder: Any) -> Iterator[Any]:
+    specs = {layer: layer_spec(layer) for layer in getattr(decoder, "layers", ())}
+    for layer, spec in specs.items():
+        norms = () if spec is None else (spec.before_attention, spec.before_mlp)
+        yield from (layer.get_submodule(norm.path) for norm in norms if norm is not None)
+    if any(specs.values()):
+        yield getattr(decoder, "norm", None)
+
+
+def _has_kernel(norm: Any) -> bool:
+    if type(norm) is not nn.LayerNorm or norm.bias is None:
+        return False
+    return norm.weight.dim() == 1 and all(p.dtype == torch.float32 and p.is_cpu for p in norm.parameters())
+
+
+@torch.inference_mode()
 def _recognize(module: nn.Module, weight: Tensor, *, is_exact: bool) -> _Recognized | None:
     """Sums with one are made where a kernel reads them: in bf16 they would be rounded."""
     inputs = probes((3, len(weight)), weight.dtype, weight.device)
@@ -82,7 +136,7 @@ def _recognize(module: nn.Module, weight: Tensor, *, is_exact: bool) -> _Recogni
     return None
 
 
-def _same(module: nn.Module, fused: FusedRMSNorm, x: Tensor, *, is_exact: bool) -> bool:
+def _same(module: nn.Module, fused: FusedRMSNorm | FusedLayerNorm, x: Tensor, *, is_exact: bool) -> bool:
     try:
         expected = answer(module.forward, x)
     except Refused:  # such as a gated norm, which takes more than a hidden state

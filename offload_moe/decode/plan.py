@@ -22,7 +22,6 @@ from offload_moe.decode.report import DENSE, LayerPath, has_experts
 from offload_moe.decode.span import LayerSpan, span_kind
 from offload_moe.decode.wiring import Wiring, wiring_of
 from offload_moe.families.layer_spec import LayerSpec
-from offload_moe.families.limits import router_limits
 from offload_moe.families.read_layer import layer_spec
 from offload_moe.residency.hierarchy import Hierarchy
 
@@ -228,5 +227,4 @@ def _why_no_span(native: NativeLayer) -> list[str]:
         return ["experts that are not computed out of slots in RAM by the native kernels"]
     if not has_experts(native.layer):
         return list(DENSE)
-    limits = [] if native.spec.router is None else router_limits(native.spec.router)
-    return limits or ["a router or a shared expert in a form that no kernel takes"]
+    return ["a router or a shared expert in a form that no kernel takes"]

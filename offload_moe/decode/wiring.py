@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from offload_moe.decode.dense import NarrowEmbedding
-from offload_moe.decode.norm import FusedRMSNorm
+from offload_moe.decode.norm import norm_kernel
 from offload_moe.decode.probe import NUM_CACHED, Refused, Uncovered, answer
 from offload_moe.decode.rotary import Embeddings, RotaryTable, block_of
 from offload_moe.decode.rotation import rotates_by_length
@@ -140,7 +140,7 @@ def wiring_of(decoder: Any) -> Wiring:
         rotary=rotary,
         layers=layers,
         norm=norm,
-        norm_kernel=forward.kernel if isinstance(forward := vars(norm).get("forward"), FusedRMSNorm) else None,
+        norm_kernel=norm_kernel(norm),
         output=output,
         has_planes=has_planes,
         last_position=last_position,

@@ -214,7 +214,6 @@ LAYERS: Mapping[str, LayerClass] = {
     "PhimoeDecoderLayer": LayerClass(
         router=RouterClass(path="router", scoring="sparsemixer", is_normalized=False, jitter="router_jitter_noise"),
         attention=AttentionClass(window="config.sliding_window"),
-        fast_path="no",
     ),
     "Qwen2MoeDecoderLayer": LayerClass(
         router=SOFTMAX,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from offload_moe.families.layer_spec import AttentionSpec, LayerSpec, RouterSpec
+from offload_moe.families.layer_spec import AttentionSpec, LayerSpec
 
 
 def attention_limits(spec: AttentionSpec) -> list[str]:
@@ -17,12 +17,6 @@ def attention_limits(spec: AttentionSpec) -> list[str]:
     return _phrase("attention", reasons)
 
 
-def router_limits(spec: RouterSpec) -> list[str]:
-    """Limits of the kernel call for one router."""
-    reasons = {"a sparse mixer": spec.scoring == "sparsemixer"}
-    return _phrase("a router", reasons)
-
-
 def order_limits(spec: LayerSpec) -> list[str]:
     """Limits of the kernel call that joins norms, attention, residual sums and the router of a layer."""
     return list(_order_limits(spec))
@@ -32,8 +26,6 @@ def _order_limits(spec: LayerSpec) -> Iterator[str]:
     norms = (spec.before_attention, spec.before_mlp)
     if spec.after_attention is not None or spec.after_mlp is not None or None in norms:
         yield "norms after attention and MLP"
-    if any(norm is not None and norm.is_centered for norm in norms):
-        yield "layer norms"
     if spec.shared is not None and spec.experts.rpartition(".")[0] not in spec.shared.gate:
         yield "a shared expert outside the block of experts"
 
@@ -45,8 +37,7 @@ def _phrase(part: str, reasons: Mapping[str, bool]) -> list[str]:
 
 def layer_limits(spec: LayerSpec) -> list[str]:
     """All limits. Without any, one native thread takes a token through such layers, if their sizes allow it."""
-    router = [] if spec.router is None else router_limits(spec.router)
-    return [*attention_limits(spec.attention), *order_limits(spec), *router]
+    return [*attention_limits(spec.attention), *order_limits(spec)]
 
 
 def card_limits(spec: LayerSpec) -> list[str]:
@@ -60,7 +51,18 @@ def card_limits(spec: LayerSpec) -> list[str]:
         "chunks": attention.chunk is not None,
         "queries scaled by their position": attention.query_scale is not None,
     }
-    router = {"weights that scale the experts' inputs": spec.router is not None and spec.router.scales_inputs}
-    are_from_one = any(norm is not None and norm.is_from_one for norm in norms)
-    added = ["norms whose weights are added to one"] if are_from_one else []
-    return [*layer_limits(spec), *_phrase("attention", reasons), *_phrase("a router", router), *added]
+    added = (
+        ["norms whose weights are added to one"] if any(norm is not None and norm.is_from_one for norm in norms) else []
+    )
+    centered = ["layer norms"] if any(norm is not None and norm.is_centered for norm in norms) else []
+    router = {
+        "a sparse mixer": spec.router is not None and spec.router.scoring == "sparsemixer",
+        "weights that scale the experts' inputs": spec.router is not None and spec.router.scales_inputs,
+    }
+    return [
+        *layer_limits(spec),
+        *centered,
+        *_phrase("attention", reasons),
+        *_phrase("a router", router),
+        *added,
+    ]

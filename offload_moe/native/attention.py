@@ -51,13 +51,13 @@ class HeadNorm:
 
 
 class NormKernel:
-    """An RMS norm of some rows, in fp32: the bits of each alone."""
+    """An RMS norm of some rows, or a layer norm, in fp32: the bits of each alone."""
 
-    def __init__(self, weight: Tensor, epsilon: float) -> None:
-        """weight: fp32 ``[H]``, contiguous, on the CPU."""
-        self._weight, self.epsilon, self.length = weight, epsilon, len(weight)
-        self.weight_address = weight.data_ptr()
-        self._native = library().om_rms_norm
+    def __init__(self, weight: Tensor, epsilon: float, bias: Tensor | None = None) -> None:
+        """weight, bias: fp32 ``[H]``, contiguous, on the CPU. bias: of a layer norm."""
+        self._owned, self.epsilon, self.length = (weight, bias), epsilon, len(weight)
+        self.weight_address, self.bias_address = weight.data_ptr(), optional_address(bias)
+        self._native = library().om_norm
 
     def step(self, x: Tensor, out: Tensor) -> None:
         """Set `out` to the norm of `x`: fp32 ``[..., H]``, contiguous; not checked, this is the hot path.
@@ -65,7 +65,8 @@ class NormKernel:
         out: may be `x`.
         """
         num_rows = x.numel() // self.length
-        self._native(x.data_ptr(), self.weight_address, num_rows, self.length, self.epsilon, out.data_ptr())
+        weights = self.weight_address, self.bias_address
+        self._native(x.data_ptr(), *weights, num_rows, self.length, self.epsilon, out.data_ptr())
 
 
 class AttentionKernel:

@@ -34,7 +34,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "om_embed": (integer, pointer, int32, int64, int64, pointer, int64, float32, pointer),
     "om_delta_step": (None, *[pointer] * 5),
     "om_linear_attention_step": (integer, *[pointer] * 3, int64, pointer),
-    "om_rms_norm": (None, pointer, pointer, int64, int64, float32, pointer),
+    "om_norm": (None, *[pointer] * 3, int64, int64, float32, pointer),
     "om_router_step": (integer, *[pointer] * 2, int64, *[pointer] * 3),
     "om_layer_step": (integer, *[pointer] * 5, int64, *[pointer] * 5),
     "om_mlp_forward": (integer, pointer, pointer, int64, int32, pointer, int32),

@@ -37,6 +37,7 @@ class LayerKernel:
             **{name: attention.struct_address for name, kind in kinds.items() if isinstance(attention, kind)},
             router=None if router is None else router.struct_address,
             norms=(ctypes.c_void_p * 2)(*(norm.weight_address for norm in norms)),
+            norm_biases=(ctypes.c_void_p * 2)(*(norm.bias_address for norm in norms)),
             epsilons=(ctypes.c_float * 2)(*(norm.epsilon for norm in norms)),
             residual_scale=residual_scale,
             hidden=norms[0].length,

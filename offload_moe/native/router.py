@@ -25,9 +25,10 @@ class RouterKernel:
         num_groups: int = 1,
         num_chosen_groups: int = 1,
         num_best: int = 1,
+        jitter: float | None = None,
         scale: float = 1.0,
     ) -> None:
-        """Settings as in `RouterSpec`; scores are a softmax unless `is_sigmoid`.
+        """Settings as in `RouterSpec`; scores are a softmax unless `is_sigmoid`, or `jitter` makes it a sparse mixer.
 
         is_of_chosen: weights are shares among the K chosen experts' scores, otherwise their scores.
         correction: fp32 ``[E]``, added to the scores for the choice only. num_best: scores of a group that are added up
@@ -42,7 +43,8 @@ class RouterKernel:
         if num_experts % num_groups or (has_groups and top_k > num_experts // num_groups * num_chosen_groups):
             groups = f"{num_chosen_groups} of {num_groups} groups"
             raise ConfigError(f"A router of {num_experts} experts cannot choose {top_k} in {groups}.")
-        scores_all = has_groups or correction is not None or not (is_sigmoid or is_of_chosen)
+        is_mixer = jitter is not None
+        scores_all = has_groups or is_mixer or correction is not None or not (is_sigmoid or is_of_chosen)
         if num_experts > MAX_SCORED and scores_all:
             raise ConfigError(f"The router kernel scores no more than {MAX_SCORED} experts, not {num_experts}.")
         self._owned = (linear, correction)
@@ -57,6 +59,8 @@ class RouterKernel:
             num_best=num_best,
             is_sigmoid=is_sigmoid,
             is_of_chosen=is_of_chosen,
+            is_mixer=is_mixer,
+            jitter=jitter or 0.0,
             scale=scale,
         )
         self.num_experts, self.top_k = num_experts, top_k

@@ -107,8 +107,8 @@ class RouterStruct(ctypes.Structure):
         ("matrix", MatrixStruct),
         *((name, ctypes.c_void_p) for name in ("record", "bias", "correction")),
         *((name, ctypes.c_int64) for name in ("top_k", "num_groups", "num_chosen_groups")),
-        *((name, ctypes.c_int32) for name in ("num_best", "is_sigmoid", "is_of_chosen")),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("num_best", "is_sigmoid", "is_of_chosen", "is_mixer")),
+        *((name, ctypes.c_float) for name in ("jitter", "scale")),
     )
 
 
@@ -118,6 +118,7 @@ class LayerStruct(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("attention", "latent", "linear", "router")),
         ("norms", ctypes.c_void_p * 2),
+        ("norm_biases", ctypes.c_void_p * 2),
         ("epsilons", ctypes.c_float * 2),
         ("residual_scale", ctypes.c_float),
         ("hidden", ctypes.c_int64),

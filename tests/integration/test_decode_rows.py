@@ -128,7 +128,9 @@ def test_new_tokens_of_several_sequences(
 
 
 @pytest.mark.parametrize("num_slots", [2, 6, 12, 16, 20])
-@pytest.mark.parametrize("name", ["qwen3_moe, int8", "qwen2_moe, nf4", "deepseek_v3, nf4", "llama4, nf4"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_moe, int8", "qwen2_moe, nf4", "phimoe, nf4", "deepseek_v3, nf4", "llama4, nf4"]
+)
 def test_experts_come_while_rows_are_computed(
     name: str, num_slots: int, stores: dict[str, Path], passes: list[int]
 ) -> None:

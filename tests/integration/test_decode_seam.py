@@ -366,6 +366,7 @@ def test_another_attention_function_takes_the_modules(model: Model, plain: Model
         ("minimax_m2", {}),
         ("hunyuan_v1_moe", {}),
         ("olmoe", {}),
+        ("phimoe", {"attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.2}),
         ("gpt_oss", {}),
         ("deepseek_v2", {"q_lora_rank": None, "qk_rope_head_dim": 16}),
         ("deepseek_v3", {"qk_rope_head_dim": 16, "attention_bias": True}),

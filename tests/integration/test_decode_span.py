@@ -267,6 +267,24 @@ def test_runs_rotate_by_the_length_of_the_sequence(tmp_path: Path, num_runs: lis
         assert (got - expected).norm() < INT8_ROUNDING * expected.norm(), step
 
 
+def test_a_scale_of_the_rotation_changes_beyond_the_window(tmp_path: Path, num_runs: list[int]) -> None:
+    """As in the modules' steps: one bit of a router's logits may change a sparse mixer's weights by half."""
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 32}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [8.0] * 8, "short_mscale": 1.1, "long_mscale": 1.6}
+    tiny_model("phimoe", rope_parameters=rope).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    store = quantize(tmp_path / "model", tmp_path / "store", codec="nf4")
+    ids, _ = tiny_prompt(1, 28)
+    results = []
+    for is_fast in (True, False):
+        with open_model(store, fast_path=is_fast) as model:
+            settings = {"do_sample": False, "eos_token_id": None, "disable_compile": True, "output_logits": True}
+            out = model.hf.generate(ids, max_new_tokens=10, return_dict_in_generate=True, **settings)
+            results.append(torch.stack(out.logits))
+    assert len(num_runs) > 5
+    assert results[1].abs().max() > 1
+    assert (results[0] - results[1]).norm() < 1e-4 * results[1].norm()
+
+
 def test_a_flag_in_the_config_counts_as_long_as_it_is_set(stores: dict[str, Path], num_runs: list[int]) -> None:
     with open_model(stores["qwen3_moe"]) as model:
         expected = logits(model)

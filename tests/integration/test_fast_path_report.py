@@ -55,6 +55,7 @@ def kinds_in_place(model: Model) -> list[str]:
         ("minimax_m2", {}, ["span"] * 3, "yes", ""),
         ("qwen3_next", FOUR_LAYERS, ["span"] * 4, "yes", ""),
         ("qwen3_5_moe_text", FOUR_LAYERS, ["span"] * 4, "yes", ""),
+        ("phimoe", {"attention_bias": True, "lm_head_bias": True}, ["span"] * 3, "yes", ""),
         ("minimax_m2", {"rotary_dim": 8}, ["span"] * 3, "yes", ""),
         ("glm4_moe", {}, ["span"] * 3, "yes", ""),
         ("ernie4_5_moe", {"moe_layer_start_index": 0}, ["span"] * 3, "yes", ""),

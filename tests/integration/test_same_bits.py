@@ -31,6 +31,7 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", {}),
     ("qwen2_moe", {}),
     ("gpt_oss", {}),
+    ("phimoe", {"router_jitter_noise": 0.2}),
     ("deepseek_v3", {"qk_rope_head_dim": 16}),
     ("qwen3_next", DELTA),
     ("qwen3_5_moe_text", DELTA),

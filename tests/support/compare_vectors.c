@@ -92,7 +92,7 @@ static int compare_sums(const om_vector_set *set) {
     static float a[COUNT], b[COUNT], mine[COUNT], theirs[COUNT];
     static const int64_t lengths[] = {1, 7, 16, 40, 100, 1024, COUNT};
     int num_bad = 0, num_cases = 0;
-    for (size_t n = 0; n < sizeof lengths / sizeof *lengths; n++, num_cases += 4) {
+    for (size_t n = 0; n < sizeof lengths / sizeof *lengths; n++, num_cases += 5) {
         const int64_t length = lengths[n];
         const size_t num_bytes = (size_t)length * sizeof(float);
         fill(a, length), fill(b, length);
@@ -100,6 +100,8 @@ static int compare_sums(const om_vector_set *set) {
         num_bad += differ("a dot product", &my_sum, &their_sum, sizeof my_sum);
         set->rms_norm(a, b, length, 1e-5f, mine), om_vectors_portable.rms_norm(a, b, length, 1e-5f, theirs);
         num_bad += differ("a norm", mine, theirs, num_bytes);
+        set->layer_norm(a, b, a, length, 1e-5f, mine), om_vectors_portable.layer_norm(a, b, a, length, 1e-5f, theirs);
+        num_bad += differ("a layer norm", mine, theirs, num_bytes);
         memcpy(mine, a, num_bytes), memcpy(theirs, a, num_bytes);
         my_sum = set->exponentials(mine, length), their_sum = om_vectors_portable.exponentials(theirs, length);
         num_bad += differ("exponentials", mine, theirs, num_bytes) + differ("their sum", &my_sum, &their_sum, sizeof my_sum) > 0;

@@ -14,6 +14,7 @@ STORES: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen3_moe, int8": ("qwen3_moe", {}, "int8"),
     "olmoe, nf4": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 3}, "nf4"),
     "qwen2_moe, nf4": ("qwen2_moe", {"shared_expert_intermediate_size": 48}, "nf4"),
+    "phimoe, nf4": ("phimoe", {"router_jitter_noise": 0.2, "attention_bias": True, "lm_head_bias": True}, "nf4"),
     "gpt_oss, int8": ("gpt_oss", {"sliding_window": 16}, "int8"),
     "deepseek_v3, nf4": ("deepseek_v3", {"qk_rope_head_dim": 16}, "nf4"),
     "llama4, nf4": ("llama4_text", LLAMA4 | {"num_experts_per_tok": 2}, "nf4"),

@@ -86,6 +86,23 @@ VECTORS: dict[str, Change] = {
         "sum = vec_fma(load_some(a + i, length - i), load_some(b + i, length - i), sum);\n    return vec_sum(sum);",
         "return vec_sum(sum) + vec_sum(vec_mul(load_some(a + i, length - i), load_some(b + i, length - i)));",
     ),
+    "a sum is in one lane more": (
+        "sums.h",
+        "sum = vec_add(sum, load_some(values + i, count - i));\n    return vec_sum(sum);",
+        "return vec_sum(sum) + vec_sum(load_some(values + i, count - i));",
+    ),
+    "a layer norm's mean is summed in one lane": (
+        "sums.h",
+        "const float mean = sum_of(values, length) / (float)length;",
+        "float mean = 0.0f;\n    for (int64_t i = 0; i < length; i++) mean += values[i];\n    mean /= (float)length;",
+    ),
+    "a layer norm's bias is added before a product is rounded": (
+        "sums.h",
+        "    rms_norm(result, weight, length, epsilon, result);\n"
+        "    for (int64_t i = 0; i < length; i++) result[i] += bias[i];",
+        "    const float scale = 1.0f / sqrtf(dot(result, result, length) / (float)length + epsilon);\n"
+        "    for (int64_t i = 0; i < length; i++) result[i] = om_fma(result[i] * scale, weight[i], bias[i]);",
+    ),
     "a row's product is rounded before it is added": (
         "value_rows.h",
         "upper[t] = vec_fma(vec_load(values[t] + i + OM_LANES), second, upper[t]);",

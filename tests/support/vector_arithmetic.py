@@ -59,6 +59,13 @@ def add_lanes(lanes: list[F]) -> F:
     return lanes[0]
 
 
+def add_up(values: list[F]) -> F:
+    lanes = [F(0)] * 16
+    for i, value in enumerate(values):
+        lanes[i % 16] = lanes[i % 16] + value
+    return add_lanes(lanes)
+
+
 def dot(a: np.ndarray, b: np.ndarray, num_lanes: int = 16) -> F:
     lanes = [F(0)] * num_lanes
     for i, (left, right) in enumerate(zip(a, b, strict=True)):
@@ -71,18 +78,34 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
     return x * scale * weight
 
 
+def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, epsilon: float) -> np.ndarray:
+    mean = add_up(list(x)) / F(len(x))
+    return rms_norm(x - mean, weight, epsilon) + bias
+
+
 def exponentials(values: list[F]) -> tuple[F, list[F], F]:
     """The greatest, the exponentials of the distances from it, and their sum."""
-    greatest, lanes = max(values), [F(0)] * 16
+    greatest = max(values)
     results = [exp(value - greatest) for value in values]
-    for i, value in enumerate(results):
-        lanes[i % 16] = lanes[i % 16] + value
-    return greatest, results, add_lanes(lanes)
+    return greatest, results, add_up(results)
 
 
 def softmax(values: list[F]) -> list[F]:
     _, results, total = exponentials(values)
     return [value * (F(1) / total) for value in results]
+
+
+def mix(logits: list[F], ids: list[int], jitter: float) -> list[F]:
+    """Weights of these experts, which a sparse mixer chooses one after another."""
+    left, weights = list(logits), []
+    for chosen in ids:
+        best = left[chosen]
+        with np.errstate(invalid="ignore"):
+            far = [(best - each) / max(abs(each), best) > F(2) * F(jitter) for each in left]
+        near = [F(-np.inf) if is_far else each for each, is_far in zip(left, far, strict=True)]
+        weights.append(softmax(near)[chosen])
+        left[chosen] = F(-np.inf)
+    return weights
 
 
 def attention(

@@ -18,7 +18,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 
 from offload_moe.decode.dense import QuantLinear, quantize_linear
 from offload_moe.decode.mlp import FusedMLP, fuse_mlps
-from offload_moe.decode.norm import FusedRMSNorm, fuse_norms
+from offload_moe.decode.norm import FusedLayerNorm, FusedRMSNorm, fuse_layer_norms, fuse_norms
 from offload_moe.decode.rotary import BLOCK, RotaryTable, StepRotary, rotate
 from offload_moe.decode.router import shorten_routers
 from offload_moe.decode.shorten import shorten_attention
@@ -44,6 +44,34 @@ def test_a_recognized_norm_gives_the_modules_results(dtype: torch.dtype) -> None
         assert torch.equal(norm(x), expected)
     else:
         assert torch.allclose(norm(x).float(), expected.float(), rtol=2e-2)
+
+
+def test_layer_norms_of_declared_layers_are_kernel_calls() -> None:
+    model = tiny_model("phimoe").requires_grad_(False)
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    for norm in norms:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    x = torch.randn(3, 5, 64) * 9 + 4
+    expected = [norm(x) for norm in norms]
+    model.model.layers[0].added = nn.LayerNorm(64)
+    assert fuse_layer_norms(model) == len(norms) == 7
+    assert all(isinstance(norm.forward, FusedLayerNorm) for norm in norms)
+    for norm, module_result in zip(norms, expected, strict=True):
+        assert torch.allclose(norm(x), module_result, atol=1e-4)
+        assert torch.equal(norm(x)[1, 2], norm(x[1, 2]))
+        assert norm.double()(x.double()).dtype == torch.float64
+    assert "forward" not in vars(model.model.layers[0].added)
+
+
+def test_layer_norms_of_other_layers_stay_as_they_are() -> None:
+    model = tiny_model("mixtral")
+    model.model.layers[1].input_layernorm = nn.LayerNorm(64, bias=False)
+    model.model.norm = nn.LayerNorm(64, bias=False)
+    assert fuse_layer_norms(model) == 0
+    other = tiny_model("qwen3_next", num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
+    other.model.norm = nn.LayerNorm(64)
+    assert fuse_layer_norms(other) == 0
 
 
 class ClippedNorm(LlamaRMSNorm):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.kernels import SETS, decoded, make_linear
 from torch import nn
+from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
 from offload_moe.errors import ConfigError
 from offload_moe.families.layer_reference import route
@@ -108,6 +109,30 @@ def test_every_form_is_what_its_spec_says(
     assert len(chosen) > 20
 
 
+# Of five experts: usual ones; all below zero; zero, which is divided by; equal ones; far apart; of both signs.
+LOGITS = [
+    [0.3, 1.0, 0.95, -0.2, 0.9],
+    [-2.0, -1.0, -1.1, -1.05, -3.0],
+    [0.0, 0.0, -1e-30, -0.5, 1e-30],
+    [0.5, 0.5, 0.5, 0.5, 0.5],
+    [90.0, -90.0, 88.0, 0.0, -1e4],
+    [-0.1, -5.0, 0.2, 0.19, 0.21],
+]
+
+
+@pytest.mark.parametrize("jitter", [0.01, 0.1, 0.6])
+@pytest.mark.parametrize("logits", LOGITS)
+def test_a_sparse_mixer_weighs_as_transformers_does(logits: list[float], jitter: float) -> None:
+    made = kernels.Linear.of_numbers(torch.tensor(logits)[:, None])
+    kernel = kernels.RouterKernel(made, top_k=2, is_of_chosen=False, jitter=jitter)
+    found, weights, ids = torch.empty(5), torch.empty(2), torch.empty(2, dtype=torch.int64)
+    kernel.step(torch.ones(1), found, weights, ids)
+    assert torch.equal(found, torch.tensor(logits))
+    expected_weights, expected_ids = sparsemixer(found[None], jitter, training=False)
+    assert ids.tolist() == expected_ids[0].tolist()
+    assert torch.allclose(weights, expected_weights[0], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
@@ -125,5 +150,6 @@ def test_a_router_that_cannot_choose_is_refused(settings: dict[str, Any], named:
 def test_too_many_experts_to_score_are_refused() -> None:
     made = make_linear("bf16", 2000, 64)
     kernels.RouterKernel(made, top_k=6, is_of_chosen=True)
-    with pytest.raises(ConfigError, match="no more than 1024 experts, not 2000"):
-        kernels.RouterKernel(made, top_k=6, is_of_chosen=True, correction=torch.zeros(2000))
+    for settings in ({"correction": torch.zeros(2000)}, {"jitter": 0.01}):
+        with pytest.raises(ConfigError, match="no more than 1024 experts, not 2000"):
+            kernels.RouterKernel(made, top_k=6, is_of_chosen=True, **settings)

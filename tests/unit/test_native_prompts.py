@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
@@ -162,21 +163,25 @@ def test_a_value_that_is_no_number_spoils_the_tokens_behind_it_alone() -> None:
     assert out[17:].isnan().any(dim=1).all()
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("length", [7, 64])
-def test_norms(length: int, num_threads: int) -> None:
+def test_norms(length: int, has_bias: bool, num_threads: int) -> None:
     x, weight = numbers(70, length, seed=length) * 30, numbers(length, seed=1)
-    kernel, together, alone = kernels.NormKernel(weight, 1e-3), torch.empty_like(x), torch.empty_like(x)
+    bias = numbers(length, seed=2) if has_bias else None
+    kernel, together, alone = kernels.NormKernel(weight, 1e-3, bias), torch.empty_like(x), torch.empty_like(x)
     kernel.step(x, together)
     for row, out in zip(x, alone, strict=True):
         kernel.step(row, out)
     assert torch.equal(together, alone)
-    assert torch.allclose(together, torch.nn.functional.rms_norm(x, [length], weight, 1e-3), atol=1e-5)
+    rms_norm, layer_norm = torch.nn.functional.rms_norm, torch.nn.functional.layer_norm
+    expected = layer_norm(x, [length], weight, bias, 1e-3) if has_bias else rms_norm(x, [length], weight, 1e-3)
+    assert torch.allclose(together, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("is_sigmoid", [True, False])
-def test_routers(is_sigmoid: bool, num_threads: int) -> None:
+@pytest.mark.parametrize("settings", [{"is_sigmoid": True}, {}, {"jitter": 0.1}])
+def test_routers(settings: dict[str, Any], num_threads: int) -> None:
     linear, x = make_linear("bf16", 21, 40), numbers(70, 40, seed=3)
-    kernel = kernels.RouterKernel(linear, top_k=5, is_of_chosen=True, is_sigmoid=is_sigmoid)
+    kernel = kernels.RouterKernel(linear, top_k=5, is_of_chosen=True, **settings)
 
     def route(rows: Tensor) -> list[Tensor]:
         count = len(rows)

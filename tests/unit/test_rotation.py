@@ -36,6 +36,8 @@ def longrope(num_angles: int = 8) -> dict[str, Any]:
 
 MSCALES = {"short_mscale": 1.2, "long_mscale": 1.3}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
+# Whatever the kind, Phi-3.5-MoE has another scale beyond the window.
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": WINDOW}
 PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 BY_TYPE = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
@@ -44,6 +46,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 16, "num_attenti
 
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "phimoe": ("phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": longrope() | MSCALES}),
+    "scaled": ("phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": YARN | MSCALES}),
     "longrope": ("qwen3_moe", {**EXPERTS, "rope_parameters": longrope()}),
     "sliding": ("gpt_oss", {"rope_parameters": longrope()}),
     "recurrent": ("qwen3_next", {"rope_parameters": longrope(2)}),
@@ -122,7 +125,7 @@ def test_an_answer_across_the_window_is_that_of_fresh_forwards(name: str) -> Non
     check_every_step(name, generate(hf, prompt_of(WINDOW // 2), 2), WINDOW // 2)
 
 
-@pytest.mark.parametrize("name", ["phimoe", "longrope", "by layer type", "dynamic"])
+@pytest.mark.parametrize("name", ["phimoe", "scaled", "longrope", "by layer type", "dynamic"])
 def test_a_prompt_in_chunks_is_rotated_as_a_whole(name: str) -> None:
     length = 2 * WINDOW + 5
     check_every_step(name, generate(ours(name), prompt_of(length), 2, prefill_chunk_size=CHUNK), length)

@@ -152,6 +152,37 @@ def test_a_norm_is_the_definition(instruction_set: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("instruction_set", PANEL_SETS)
+@pytest.mark.parametrize("length", [7, 64, 100])
+def test_a_layer_norm_is_the_definition(instruction_set: str, length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    weight, bias, x = (torch.randn(length, generator=generator) for _ in range(3))
+    x = x * 30 + 7
+    out = torch.empty(length)
+    kernels.select_instruction_set(instruction_set)
+    kernels.NormKernel(weight, 1e-3, bias).step(x, out)
+    expected = vector_arithmetic.layer_norm(x.numpy(), weight.numpy(), bias.numpy(), 1e-3)
+    assert np.array_equal(bits(out), expected.view(np.int32))
+    assert torch.allclose(out, torch.nn.functional.layer_norm(x, [length], weight, bias, 1e-3), atol=1e-5)
+    kernels.NormKernel(weight, 1e-3, bias).step(x, x)
+    assert torch.equal(x, out)
+
+
+@pytest.mark.parametrize("instruction_set", PANEL_SETS)
+def test_a_sparse_mixer_is_the_definition(instruction_set: str) -> None:
+    torch.manual_seed(4)
+    linear = make_linear("bf16", 21, 40)
+    kernels.select_instruction_set(instruction_set)
+    router = kernels.RouterKernel(linear, top_k=3, is_of_chosen=False, jitter=0.3)
+    for _ in range(2):
+        logits, weights, ids = torch.empty(21), torch.empty(3), torch.empty(3, dtype=torch.int64)
+        router.step(torch.randn(40), logits, weights, ids)
+        assert ids.tolist() == sorted(range(21), key=lambda expert: -logits[expert])[:3]
+        expected = np.array(vector_arithmetic.mix(list(logits.numpy()), ids.tolist(), 0.3))
+        assert np.array_equal(bits(weights), expected.view(np.int32))
+        assert (weights < 1).any()
+
+
+@pytest.mark.parametrize("instruction_set", PANEL_SETS)
 @pytest.mark.parametrize("columns", [16, 100])
 @pytest.mark.parametrize("codec", ["bf16", "fp32"])
 @pytest.mark.parametrize("is_of_chosen", [True, False])
@@ -222,15 +253,17 @@ def test_a_key_that_is_no_number_reaches_the_result(instruction_set: str) -> Non
 def test_bits_do_not_depend_on_the_callers_treatment_of_subnormal_numbers() -> None:
     torch.manual_seed(1)
     linear, tiny = make_linear("fp32", 9, 40), torch.randn(40) * 1e-39
-    norm, x = kernels.NormKernel(torch.full((40,), 1e-40), 1e-3), torch.randn(40)
+    x, bias = torch.randn(40), torch.full((40,), 1e-41)
+    norms = [kernels.NormKernel(torch.full((40,), 1e-40), 1e-3, *biases) for biases in ((), (bias,))]
     router = kernels.RouterKernel(linear, top_k=3, is_of_chosen=True, scale=1e-40)
     tables = [torch.nn.Embedding.from_pretrained(torch.randn(3, 40).to(dtype) * 1e-10) for dtype in DTYPES]
     pairs, ids = torch.randn(4, 40) * 1e-39, torch.tensor([[2, 0]])
 
     def results() -> list[Tensor]:
-        normed, logits, shares = torch.empty(40), torch.empty(9), torch.empty(3)
+        normed, logits, shares = torch.empty(2, 40), torch.empty(9), torch.empty(3)
         added, rounded = torch.empty(1, 40), torch.empty(1, 40, dtype=torch.bfloat16)
-        norm.step(x, normed)
+        for norm, out in zip(norms, normed, strict=True):
+            norm.step(x, out)
         router.step(tiny, logits, shares, torch.empty(3, dtype=torch.int64))
         kernels.add_rows(pairs, added)
         kernels.add_rows(pairs, rounded)

@@ -72,6 +72,8 @@
     FIELD(T, int32_t, num_best, ) /* 1 or 2: scores of a group that are added up for the group's */ \
     FIELD(T, int32_t, is_sigmoid, ) /* scores are sigmoids of the logits, not their softmax */ \
     FIELD(T, int32_t, is_of_chosen, ) /* weights are shares among the chosen experts' scores */ \
+    FIELD(T, int32_t, is_mixer, ) /* a weight is a share among those that are left and near */ \
+    FIELD(T, float, jitter, ) /* of a mixer: near is a relative distance of up to twice that */ \
     FIELD(T, float, scale, ) /* of the weights, applied last */
 
 #define OM_LAYER_FIELDS(FIELD, T) \
@@ -80,6 +82,7 @@
     FIELD(T, const om_linear_attention *, linear, ) /* likewise */ \
     FIELD(T, const om_router *, router, ) /* NULL: the block after the second norm has its own router */ \
     FIELD(T, const float *, norms, [2]) /* [hidden]: before attention, and before the router */ \
+    FIELD(T, const float *, norm_biases, [2]) /* of layer norms; NULL: RMS norms */ \
     FIELD(T, float, epsilons, [2]) \
     FIELD(T, float, residual_scale, ) /* of what attention and experts add */ \
     FIELD(T, int64_t, hidden, )
@@ -328,8 +331,8 @@
     FUNCTION(void, om_delta_step, (const om_delta *layer, const om_delta_inputs *projected, float *inputs, float *state, float *out)) \
     FUNCTION(int, om_linear_attention_step, (const om_linear_attention *attention, const float *x, const om_room *rooms, \
                                              int64_t num_rows, float *out)) \
-    FUNCTION(void, om_rms_norm, (const float *values, const float *weight, int64_t num_rows, int64_t length, float epsilon, \
-                                 float *result)) \
+    FUNCTION(void, om_norm, (const float *values, const float *weight, const float *bias, int64_t num_rows, int64_t length, \
+                             float epsilon, float *result)) \
     FUNCTION(int, om_router_step, (const om_router *router, const float *x, int64_t num_rows, float *logits, \
                                    float *weights, int64_t *ids)) \
     FUNCTION(int, om_layer_step, (const om_layer *layer, const float *x, const float *cos, const float *signed_sin, \

@@ -70,7 +70,7 @@ void om_run_rows(om_unit_fn unit, void *context, int64_t num_rows);
 /* How many of many rows a call takes at once, so that its vectors, so many bytes for each row, stay few. */
 int64_t om_rows_at_once(int64_t row_bytes);
 
-/* `om_rms_norm` as a part of a call. */
+/* RMS norms as a part of a call. */
 void om_norm_rows(const float *values, const float *weight, int64_t num_rows, int64_t length, float epsilon, float *result);
 
 void om_rotate(float *head, const float *cos, const float *signed_sin, int64_t dims, int rotation);

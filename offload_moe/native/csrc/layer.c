@@ -5,7 +5,7 @@
 #include "job.h"
 
 static void norm_rows(const om_layer *layer, int which, const float *x, int64_t num_rows, float *normed) {
-    om_rms_norm(x, layer->norms[which], num_rows, layer->hidden, layer->epsilons[which], normed);
+    om_norm(x, layer->norms[which], layer->norm_biases[which], num_rows, layer->hidden, layer->epsilons[which], normed);
 }
 
 OM_APART static void add_residual(const om_layer *layer, const float *x, int64_t num_rows, float *residual) {

@@ -50,6 +50,26 @@ static void weigh_sigmoids(const om_router *router, const float *logits, const i
         for (int64_t k = 0; k < router->top_k; k++) weights[k] /= chosen + 1e-20f;
 }
 
+/* Those of left[E] whose logits are near that of `chosen`, which is the greatest of them; the others -infinity. */
+static void keep_near(const om_router *router, const float *left, int64_t chosen, float *near) {
+    for (int64_t e = 0; e < router->matrix.rows; e++) {
+        const float size = fabsf(left[e]), divisor = size > left[chosen] ? size : left[chosen];
+        near[e] = (left[chosen] - left[e]) / divisor > 2.0f * router->jitter ? -INFINITY : left[e];
+    }
+}
+
+/* A sparse mixer (arXiv:2409.12136): each expert's share among those near it that are left when it is chosen. */
+static void weigh_mixed(const om_router *router, const float *logits, const int64_t *ids, float *weights) {
+    float left[OM_MAX_SCORED], near[OM_MAX_SCORED];
+    __builtin_memcpy(left, logits, (size_t)router->matrix.rows * sizeof(float));
+    for (int64_t k = 0; k < router->top_k; k++) {
+        keep_near(router, left, ids[k], near);
+        soften(near, router->matrix.rows);
+        weights[k] = near[ids[k]];
+        left[ids[k]] = -INFINITY;
+    }
+}
+
 /* The greatest score of a group, or the sum of its two greatest. */
 static float score_of_group(const om_router *router, const float *scores, int64_t size) {
     float best = -INFINITY, second = -INFINITY;
@@ -95,7 +115,7 @@ static void choose_experts(const om_router *router, const float *logits, int64_t
 OM_APART static void route(const om_router *router, float *logits, float *weights, int64_t *ids) {
     om_add_bias(logits, router->bias, router->matrix.rows);
     choose_experts(router, logits, ids);
-    (router->is_sigmoid ? weigh_sigmoids : weigh_shares)(router, logits, ids, weights);
+    (router->is_mixer ? weigh_mixed : router->is_sigmoid ? weigh_sigmoids : weigh_shares)(router, logits, ids, weights);
     for (int64_t k = 0; k < router->top_k; k++) weights[k] *= router->scale;
 }
 

@@ -15,10 +15,26 @@ static float dot(const float *a, const float *b, int64_t length) {
     return vec_sum(sum);
 }
 
+OM_INLINE float sum_of(const float *values, int64_t count) {
+    vec sum = vec_broadcast(0.0f);
+    int64_t i = 0;
+    for (; i + OM_LANES <= count; i += OM_LANES) sum = vec_add(sum, vec_load(values + i));
+    if (i < count) sum = vec_add(sum, load_some(values + i, count - i));
+    return vec_sum(sum);
+}
+
 /* `result` may be `values`. */
 static void rms_norm(const float *values, const float *weight, int64_t length, float epsilon, float *result) {
     const float scale = 1.0f / sqrtf(dot(values, values, length) / (float)length + epsilon);
     for (int64_t i = 0; i < length; i++) result[i] = values[i] * scale * weight[i];
+}
+
+/* The RMS norm of the distances from the mean, and a bias. `result` may be `values`. */
+static void layer_norm(const float *values, const float *weight, const float *bias, int64_t length, float epsilon, float *result) {
+    const float mean = sum_of(values, length) / (float)length;
+    for (int64_t i = 0; i < length; i++) result[i] = values[i] - mean;
+    rms_norm(result, weight, length, epsilon, result);
+    for (int64_t i = 0; i < length; i++) result[i] += bias[i];
 }
 
 OM_INLINE float greatest_of(const float *values, int64_t count) {
@@ -33,12 +49,8 @@ OM_INLINE float greatest_of(const float *values, int64_t count) {
 }
 
 OM_INLINE float take_exponentials(float greatest, float *values, int64_t count) {
-    vec sum = vec_broadcast(0.0f);
-    int64_t i = 0;
     for (int64_t n = 0; n < count; n++) values[n] = om_exp(values[n] - greatest);
-    for (; i + OM_LANES <= count; i += OM_LANES) sum = vec_add(sum, vec_load(values + i));
-    if (i < count) sum = vec_add(sum, load_some(values + i, count - i));
-    return vec_sum(sum);
+    return sum_of(values, count);
 }
 
 static float exponentials(float *values, int64_t count) {

@@ -18,4 +18,5 @@ OM_INLINE void prefetch_rows(const void *rows, int64_t num_bytes) {
 #include "value_rows.h"
 #include "delta.h"
 
-#define OM_VECTOR_TABLE {{bf16_rows, fp32_rows}, attend, merge_sections, dot, rms_norm, exponentials, sigmoids, delta_heads}
+#define OM_VECTOR_TABLE {{bf16_rows, fp32_rows}, attend, merge_sections, dot, rms_norm, layer_norm, exponentials, sigmoids, \
+                         delta_heads}

@@ -30,6 +30,7 @@ struct om_vector_set {
     void (*merge)(const om_section *sections, const float *sums, int64_t num_sections, int64_t dim, const float *sink, float *out);
     float (*dot)(const float *a, const float *b, int64_t length);
     void (*rms_norm)(const float *values, const float *weight, int64_t length, float epsilon, float *result);
+    void (*layer_norm)(const float *values, const float *weight, const float *bias, int64_t length, float epsilon, float *result);
     /* values[count] -> exponentials of their distances from the greatest; returns their sum. */
     float (*exponentials)(float *values, int64_t count);
     void (*sigmoids)(float *values, int64_t count);
