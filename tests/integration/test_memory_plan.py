@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("share", [1.0, 0.25])
+@pytest.mark.parametrize("share", [pytest.param(1.0, marks=pytest.mark.slow), 0.25])
 def test_the_peak_is_what_was_planned_within_5_percent(folder: Path, share: float, tmp_path: Path) -> None:
     """Planned from the config alone; a conversation that fills the context, with slots for a share of the experts."""
     plan = make_plan(folder / "model", Machine(ram_bytes=64 << 30), context=CONTEXT)

@@ -186,7 +186,14 @@ def test_a_file_that_cannot_be_used_is_named(
     check = check_settings()
     assert check.verdict == "problem"
     assert check.fix == str(caught.value)
-    assert main.main(["list"]) == 0  # what needs no defaults does not read them
+
+
+def test_commands_that_need_no_defaults_do_not_read_them(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(file, "ram = 8GiB")
+    monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path / "cache"))
+    assert main.main(["list"]) == 0
 
 
 def test_a_variable_that_cannot_be_used_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
