@@ -12,7 +12,8 @@ from offload_moe.decode.head import gives_products
 from offload_moe.decode.probe import Uncovered
 from offload_moe.decode.wiring import Wiring, wiring_of
 from offload_moe.errors import DevicePassUnavailable
-from offload_moe.experts.attach import BoundExperts, bound_experts
+from offload_moe.experts.attach import AdaptedForward, BoundExperts, bound_experts
+from offload_moe.families.layer_classes import LAYERS
 from offload_moe.families.layer_spec import LayerSpec
 from offload_moe.families.limits import card_limits
 from offload_moe.families.read_layer import layer_spec
@@ -58,6 +59,8 @@ def why_not(hf: Any) -> str:
         spec = layer_spec(module)
         if spec is None:
             return f"a layer of a class that is not declared ({type(module).__name__})"
+        if type(module).__name__ not in LAYERS:
+            return "a layer that an extension declares, which is compared with its module on the CPU only"
         if limits := card_limits(spec):
             return " and ".join(limits)
     return ""
@@ -91,7 +94,10 @@ def decoder_parts(hf: Any) -> DecoderParts:
 def _decoder_layer(module: nn.Module) -> DecoderLayer:
     spec = layer_spec(module)
     assert spec is not None
-    bound = None if spec.router is None else bound_experts(module.get_submodule(spec.experts))
+    experts = None if spec.router is None else module.get_submodule(spec.experts)
+    bound = None if experts is None else bound_experts(experts)
+    if experts is not None and isinstance(vars(experts).get("forward"), AdaptedForward):
+        raise DevicePassUnavailable("experts with a forward of an adapter's own")
     return DecoderLayer(module=module, spec=spec, bound=bound)
 
 

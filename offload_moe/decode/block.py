@@ -11,7 +11,7 @@ from offload_moe.decode.mlp import FusedMLP
 from offload_moe.decode.router import Routed, StepRouter
 from offload_moe.decode.step import is_fp32
 from offload_moe.errors import ConfigError
-from offload_moe.experts.attach import AdaptedForward, BoundExperts, bound_experts
+from offload_moe.experts.attach import AdaptedForward, BoundExperts
 from offload_moe.experts.native import NativeArithmetic
 from offload_moe.families.layer_reference import tensor_at
 from offload_moe.families.layer_spec import LayerSpec, RouterSpec
@@ -74,7 +74,9 @@ def plain_block(layer: nn.Module, spec: LayerSpec) -> PlainBlock | None:
     experts, router = layer.get_submodule(path), layer.get_submodule(spec.router.path)
     forward = vars(router).get("forward")
     route = forward.kernel if isinstance(forward, StepRouter) else _route(layer, spec.router)
-    if route is None or bound_experts(experts) is None:
+    # A forward of an adapter may do more than pass on what it is given; that of scaled inputs is declared.
+    kind = AdaptedForward if spec.router.scales_inputs else BoundExperts
+    if route is None or not isinstance(vars(experts).get("forward"), kind):
         return None
     shared = None
     if spec.shared is not None:

@@ -242,9 +242,9 @@ def check_layer(native: NativeLayer) -> None:
     is_exact = has_kernel and (plain is None or (plain.is_exact and plain.shared is None))
     stand_ins = [module for module in native.layer.modules() if bound_experts(module) is not None]
     bound = [module.forward for module in stand_ins]
-    for module in stand_ins:
-        module.forward = _with_stand_in(module)
     try:
+        for module in stand_ins:
+            module.forward = _with_stand_in(module)
         for hidden in probes((1, 1, native.hidden_size), torch.float32, torch.device("cpu")):
             theirs = _probe(partial(_call_module, native.layer), native, hidden)
             ours = _probe(native, native, hidden)

@@ -175,10 +175,11 @@ def _windows(rotary: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     kinds = rotary.rope_type if isinstance(rotary.rope_type, dict) else {None: rotary.rope_type}
     switching, growing = [], []
     for layer_type, kind in kinds.items():
-        parameters = rotary.config.rope_parameters
-        parameters = parameters if layer_type is None else parameters[layer_type]
+        parameters = getattr(getattr(rotary, "config", None), "rope_parameters", None) or {}
+        parameters = parameters if layer_type is None else parameters.get(layer_type) or {}
         if "dynamic" in kind:
             growing.append(int(rotary.original_max_seq_len))
-        if kind == "longrope" or "long_mscale" in parameters:  # of phimoe: a scale beyond the window, whatever the kind
+        has_scale = kind != "default" and "long_mscale" in parameters  # of phimoe, beyond the window
+        if kind == "longrope" or has_scale:
             switching.append(int(parameters["original_max_position_embeddings"]))
     return tuple(switching), tuple(growing)

@@ -13,6 +13,8 @@ def attention_limits(spec: AttentionSpec) -> list[str]:
         "an output gate": bool(spec.gate),
         "clamped queries, keys and values": spec.clip is not None,
         "queries scaled by their position and chunks": spec.query_scale is not None and spec.chunk is not None,
+        "queries scaled by their position and windows": spec.query_scale is not None
+        and spec.sliding_window is not None,
     }
     return _phrase("attention", reasons)
 

@@ -1,16 +1,17 @@
 """What a pass of several rows costs, measured as a multiple of a pass of one.
 
 Where experts are missing, rows leave others in the cache than their sequence needs next, and the passes behind them
-miss more. So a pass of one row counts as a usual one only behind several others, or where nothing is missing, or where
-it is faster than they were.
+miss more. So a pass of one row counts as a usual one only behind several others, or where nothing is ever missing.
 """
 
 FORGET_PLAIN, FORGET_ROWS = 0.2, 0.3  # weight of the newest measurement
 RELAX = 0.005  # of the way back to the expectation, per plain pass: a single slow pass must not count for all time
 EXPECTED_PER_ROW = 0.12
 MOST_LATE = 4.0  # a plain pass counts as at most so many times the usual one
+FEW_MISSES = 0.05  # per pass: as good as none
 SETTLED_AFTER = 16  # passes of one row
-STALE_AFTER = 256  # passes, between which none of one row counted as usual
+ENOUGH = 8  # settled ones, after which the usual pass is known
+STALE_AFTER = 256  # passes since that was so
 
 
 class PassCosts:
@@ -20,7 +21,7 @@ class PassCosts:
         self.plain_s = 0.0  # of one row; 0 before the first
         self.plain_misses = 0.0
         self._ratios: dict[int, float] = {}
-        self._since_rows = 0
+        self._since_rows = self._num_settled = 0  # passes of one row in a row, and those of them that count
         self._since_usual = STALE_AFTER  # the first passes may read all their experts
 
     @property
@@ -30,15 +31,18 @@ class PassCosts:
 
     def note(self, num_rows: int, seconds: float, num_misses: int) -> float:
         """A pass was computed. Returns how many usual passes of one row took as long."""
-        if num_rows == 1:
-            self._since_rows += 1
-            is_settled = self._since_rows > SETTLED_AFTER or not num_misses
-            if is_settled or not self._ratios or seconds < self.plain_s:
-                self._note_plain(seconds, num_misses)
-                self._since_usual = 0 if is_settled else self._since_usual + 1
-                return 1.0
+        has_misses = num_misses > 0 or self.plain_misses > FEW_MISSES
+        if num_rows > 1:
+            self._since_rows = self._num_settled = 0
         else:
-            self._since_rows = 0
+            self._since_rows += 1
+            is_settled = self._since_rows > SETTLED_AFTER or not has_misses
+            if is_settled or not self._ratios:
+                self._note_plain(seconds, num_misses)
+                self._num_settled = self._num_settled + 1 if is_settled else 0
+                is_usual = not has_misses or self._num_settled >= ENOUGH
+                self._since_usual = 0 if is_usual else self._since_usual + 1
+                return 1.0
         self._since_usual += 1
         if not self.plain_s:
             return 1.0
@@ -65,8 +69,6 @@ class PassCosts:
             self._ratios[num_rows] = ratio + RELAX * (_expected(num_rows) - ratio)
 
     def _note_rows(self, num_rows: int, seconds: float) -> None:
-        if seconds < self.plain_s:  # no row more is free: the usual pass has become faster
-            self.plain_s += FORGET_PLAIN * (seconds - self.plain_s)
         ratio = min(seconds / self.plain_s, 2.0 * num_rows)
         before = self._ratios.get(num_rows, ratio)
         self._ratios[num_rows] = before + FORGET_ROWS * (ratio - before)

@@ -165,6 +165,22 @@ class TestAdapter:
             assert torch.equal(prompt_and_decode(model.hf), prompt_and_decode(own))
         assert calls == [PROMPT.numel()] * 3 + [2] * 9
 
+    def test_with_a_forward_of_its_own_is_called_by_quantized_steps_too(self, tmp_path: Path, monkeypatch: Any) -> None:
+        """What a native span computes without it would be other numbers."""
+        import moe_extension_example.modeling as modeling
+
+        def forward(module: Any, bound: Bound) -> Any:
+            return lambda hidden, ids, weights: 2 * bound(hidden, ids, weights)
+
+        write_model(tmp_path / "model")
+        monkeypatch.setattr(modeling, "ADAPTER", replace(modeling.ADAPTER, forward=forward))
+        found = []
+        for fast_path in (True, False):
+            with load(tmp_path / "model", codec="int8", fast_path=fast_path) as model:
+                assert not fast_path or "span" not in str(model.fast_path)
+                found.append(prompt_and_decode(model.hf))
+        assert (found[0] - found[1]).norm() < 0.05 * found[1].norm()
+
     @pytest.mark.parametrize(
         ("change", "reason"),
         [

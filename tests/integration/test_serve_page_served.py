@@ -73,7 +73,7 @@ def test_the_page_survives_the_end_of_its_server(browser: Any, tmp_path: Path) -
     """`kill -9` in the middle of an answer, and a new process at the same port."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    store = chat_store(tmp_path, max_position_embeddings=4096)
+    store = chat_store(tmp_path, max_position_embeddings=4096, num_hidden_layers=64)  # seconds of answer
     with serving(store, "--port", str(port)):
         page = Page(browser, f"http://127.0.0.1:{port}/")
         set_length(page, 3000)

@@ -348,7 +348,7 @@ def test_sharing_stops_once_it_pays_no_more() -> None:
 
 def test_no_number_of_rows_is_cheaper_than_one() -> None:
     governor = RowGovernor()
-    for _ in range(17):
+    for _ in range(24):
         governor.note(1, PLAIN_S * 3, 40)  # they waited for experts
     governor.note(4, PLAIN_S, 0)
     assert governor.rate(4) == pytest.approx(4)
@@ -380,6 +380,21 @@ def test_misses_that_rows_leave_behind_are_no_measure_either() -> None:
         made.append(rows)
     assert 4 in made
     assert spent < 4_000 * PLAIN_S * 1.04
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_noise_and_misses_do_not_end_what_pays(every: int) -> None:
+    """Each pass has misses, or one in three; rows cost a fifth more, and times vary by 30%."""
+    draw, governor, spent, made = random.Random(0), RowGovernor(), 0.0, list[int]()
+    while sum(made) < 8_000:
+        rows = governor.choose(3)
+        num_misses = 3 if len(made) % every == 0 else 0
+        seconds = PLAIN_S * (1 + 0.2 * (rows - 1) + 0.2 * num_misses) * draw.gauss(1, 0.3)
+        governor.note(rows, max(seconds, 0.1 * PLAIN_S), num_misses)
+        spent += seconds
+        made.append(rows)
+    alone = 8_000 * PLAIN_S * (1 + 0.6 / every)
+    assert spent < 0.7 * alone
 
 
 @pytest.mark.parametrize(("num_ready", "expected"), [(1, 1), (3, 3), (8, 8), (30, 8)])
