@@ -4,7 +4,7 @@
            [--native PYTHON --gguf FILE [--peer-options="--huge-pages"]]
 
 Answers are drawn with a seed each, at a temperature that spreads the choice of experts; their prompts, of different
-lengths, are computed before the clock runs. `together`: a token of each in turn, in passes of as many rows as pay, and
+lengths, are computed while the clock stands. `together`: a token of each in turn, in passes of as many rows as pay, and
 the first of them alone, and no further one begun, while none pay: as the server and `generate_many` do.
 `one after another`: first come, first served. The tokens are the same both ways, which is checked. Trials alternate.
 

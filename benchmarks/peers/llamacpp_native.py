@@ -134,7 +134,7 @@ class NativeEngine:
         lib = self._lib
         lib.llama_memory_clear(lib.llama_get_memory(self._context), False)
         samplers = [self._sampler_of(seed) for seed in range(len(prompts))]
-        batch = lib.llama_batch_init(max(map(len, prompts)), 0, 1)
+        batch = lib.llama_batch_init(max(len(prompts), *map(len, prompts)), 0, 1)
         tokens = []
         for slot, prompt in enumerate(prompts):
             _fill(batch, [(token, at, slot) for at, token in enumerate(prompt)])

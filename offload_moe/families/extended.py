@@ -5,10 +5,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from offload_moe.families.protocol import Adapter, Bound, Description, Part
 from offload_moe.system.extensions import Extension, find_extension
+from offload_moe.system.stopping import StoppedInForward
 
 
 def extended_adapter(name: str) -> Adapter | None:
@@ -38,7 +40,7 @@ def _guarded(extension: Extension, adapter: Any) -> Adapter:
             return bound
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
-            with extension.guard():
+            with extension.guard(StoppedInForward, torch.OutOfMemoryError):  # of the experts that it calls
                 return inner(*args, **kwargs)
 
         return guarded
@@ -48,11 +50,12 @@ def _guarded(extension: Extension, adapter: Any) -> Adapter:
 
 def _mismatch(found: Description, module: nn.Module) -> str:
     """What parameters lack of the experts that are described; empty where nothing is missing."""
+    parameters = {name for name, _ in module.named_parameters()}
     for tensor, dims in found.shape.module_shapes().items():
         num_elements = 0
         for part in found.parts.get(tensor, ()):
             for path in part.paths(found.num_experts):
-                if path not in dict(module.named_parameters()):
+                if path not in parameters:
                     return f"there is no parameter {path}"
             num_elements += _elements_per_expert(part, module, found.num_experts)
         if num_elements != math.prod(dims):

@@ -109,6 +109,7 @@ class Answering:
             prefixes.give_back(prefix)
 
     def _choice(self, number: int, prefix: PrefixCache, job: Job) -> Work:
+        job.is_in_prompt = True
         choice = self._read_choice(number)
         generation = self._generation(prefix, choice, number, job)
         self._began(number, generation)

@@ -164,7 +164,7 @@ class Worker:
                 calls = [*self._calls]
                 self._calls.clear()
                 if is_open and self._can_admit:
-                    self._running.appendleft(self._waiting.popleft())  # its first step is next
+                    self._running.appendleft(self._waiting.popleft())  # the first whose turn comes
                 job = self._next()
             for call in calls:
                 call.run()

@@ -1,7 +1,8 @@
 """What a pass of several rows costs, measured as a multiple of a pass of one.
 
 Where experts are missing, rows leave others in the cache than their sequence needs next, and the passes behind them
-miss more. So a pass of one row counts as a usual one only behind several others, or where nothing is ever missing.
+miss more. So a pass of one row counts as a usual one only behind several others, or where nothing is ever missing;
+else only if it was faster, and less.
 """
 
 FORGET_PLAIN, FORGET_ROWS = 0.2, 0.3  # weight of the newest measurement
@@ -11,23 +12,27 @@ MOST_LATE = 4.0  # a plain pass counts as at most so many times the usual one
 FEW_MISSES = 0.05  # per pass: as good as none
 SETTLED_AFTER = 16  # passes of one row
 ENOUGH = 8  # settled ones, after which the usual pass is known
-STALE_AFTER = 256  # passes since that was so
+# Passes since that was so: few at first, for what was measured may be a beginning; twice as many each time.
+STALE_AFTER = (32, 512)
 
 
 class PassCosts:
     """Of one model: seconds, and expert misses, of passes by their number of rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, caution: float = 0.05) -> None:
+        """caution: weight of a pass of one row that does not count as usual and was faster; doubt goes against rows."""
+        self._caution = caution
         self.plain_s = 0.0  # of one row; 0 before the first
         self.plain_misses = 0.0
         self._ratios: dict[int, float] = {}
         self._since_rows = self._num_settled = 0  # passes of one row in a row, and those of them that count
-        self._since_usual = STALE_AFTER  # the first passes may read all their experts
+        self._stale_after, self._most_after = STALE_AFTER
+        self._since_usual = self._stale_after  # the first passes may read all their experts
 
     @property
     def is_stale(self) -> bool:
         """Whether passes of one row are to be measured, as many as it takes."""
-        return self._since_usual >= STALE_AFTER
+        return self._since_usual >= self._stale_after
 
     def note(self, num_rows: int, seconds: float, num_misses: int) -> float:
         """A pass was computed. Returns how many usual passes of one row took as long."""
@@ -41,12 +46,16 @@ class PassCosts:
                 self._note_plain(seconds, num_misses)
                 self._num_settled = self._num_settled + 1 if is_settled else 0
                 is_usual = not has_misses or self._num_settled >= ENOUGH
+                if is_usual and self.is_stale and self._ratios:
+                    self._stale_after = min(2 * self._stale_after, self._most_after)
                 self._since_usual = 0 if is_usual else self._since_usual + 1
                 return 1.0
         self._since_usual += 1
         if not self.plain_s:
             return 1.0
         if num_rows == 1:
+            if seconds < self.plain_s:
+                self.plain_s += self._caution * (seconds - self.plain_s)
             return min(seconds / self.plain_s, MOST_LATE)
         self._note_rows(num_rows, seconds)
         return seconds / self.plain_s

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from offload_moe.speculate.guess import Guess, num_alike
+from offload_moe.system.stopping import leave_if_stopped
 
 CHUNK = 512  # tokens of a prompt that the draft computes at once
 _ATTRIBUTE = "_offload_moe_draft"  # of a cache
@@ -82,6 +83,7 @@ class DraftSource:
         kept = num_alike(drafted.ids, self._ids[:end])
         drafted.crop(kept)
         for first in range(kept, end, CHUNK):
+            leave_if_stopped()
             self._pass(self._ids[first : min(first + CHUNK, end)])
 
     def _pass(self, tokens: Sequence[int]) -> Tensor:

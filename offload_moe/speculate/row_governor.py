@@ -8,12 +8,14 @@ from offload_moe.speculate.balance import Balance
 from offload_moe.speculate.costs import PassCosts
 from offload_moe.speculate.governor import CALIBRATE_AFTER, LEAST_GAIN
 
+CAUTION = 0.5  # answers in turn evict each other's experts for longer than a pass shows
+
 
 class RowGovernor:
     """Of one model. Rows of several answers share fewer experts than guesses of one, so their costs are their own."""
 
     def __init__(self) -> None:
-        self._costs = PassCosts()
+        self._costs = PassCosts(CAUTION)
         self._balance = Balance()
         self._since_plain = 0
 
@@ -30,8 +32,13 @@ class RowGovernor:
         return self._may_share and max(map(self.rate, range(2, MAX_ROWS + 1))) >= LEAST_GAIN
 
     @property
+    def is_measuring(self) -> bool:
+        """Whether passes of one row are needed: nothing is shared or guessed meanwhile."""
+        return self._costs.is_stale
+
+    @property
     def _may_share(self) -> bool:
-        return not (self._costs.is_stale or self._balance.is_overdrawn)
+        return not (self.is_measuring or self._balance.is_overdrawn)
 
     def rate(self, num_rows: int) -> float:
         """Tokens per time of a plain pass."""

@@ -43,11 +43,15 @@ class Extension:
             raise self.fault(f"cannot be imported: {_reason(error)}") from error
 
     @contextmanager
-    def guard(self) -> Iterator[None]:
-        """Around a call of the extension. Raises: ConfigError that names the distribution; our own errors pass."""
+    def guard(self, *passing: type[BaseException]) -> Iterator[None]:
+        """Around a call of the extension. Raises: ConfigError that names the distribution.
+
+        passing: errors that are not the extension's, beside this package's own and a lack of memory.
+        """
+        own: tuple[type[BaseException], ...] = (OffloadMoeError, MemoryError, *passing)
         try:
             yield
-        except (OffloadMoeError, MemoryError):
+        except own:
             raise
         except Exception as error:
             raise self.fault(f"failed: {_reason(error)}") from error

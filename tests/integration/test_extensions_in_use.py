@@ -27,6 +27,7 @@ from offload_moe.plan import make_plan
 from offload_moe.plan.machine import Machine
 from offload_moe.quant import get_codec
 from offload_moe.quant.int8 import Int8Codec
+from offload_moe.system.stopping import StoppedInForward, stoppable
 from tests.support.cli import load_cli
 from tests.support.extensions import Site
 
@@ -207,6 +208,19 @@ class TestAdapter:
         name = r"The adapter 'ExampleMoeExperts' of moe-extension-example 1\.0 "
         with pytest.raises(ConfigError, match=name + reason), load(tmp_path / "model") as model:
             prompt_and_decode(model.hf)
+
+    def test_lets_a_stopped_forward_through(self, tmp_path: Path, monkeypatch: Any) -> None:
+        import moe_extension_example.modeling as modeling
+
+        def forward(module: Any, bound: Bound) -> Any:
+            return lambda hidden, ids, weights: bound(hidden, ids, weights)
+
+        write_model(tmp_path / "model")
+        monkeypatch.setattr(modeling, "ADAPTER", replace(modeling.ADAPTER, forward=forward))
+        with load(tmp_path / "model", codec="bf16") as model:
+            with stoppable(lambda: True), pytest.raises(StoppedInForward), torch.inference_mode():
+                model.hf(PROMPT)
+            assert len(prompt_and_decode(model.hf)) > 0
 
     def test_leaves_alone_what_it_says(self, monkeypatch: Any) -> None:
         import moe_extension_example.modeling as modeling

@@ -30,10 +30,11 @@ def extended_factory(name: str) -> Factory | None:
     def make(keys: ExpertKeys, layers: range, num_slots: int) -> Policy:
         with extension.guard():
             policy = factory(keys, layers, num_slots)
-        missing = [method for method in METHODS if not callable(getattr(policy, method, None))]
+            missing = [method for method in METHODS if not callable(getattr(policy, method, None))]
+            kind = ExtendedAppraising if isinstance(policy, Appraising) else Extended
         if missing:
             raise extension.fault(f"has no method {missing[0]}")
-        return (ExtendedAppraising if isinstance(policy, Appraising) else Extended)(policy, extension, keys.total)
+        return kind(policy, extension, keys.total)
 
     return make
 
