@@ -4,6 +4,7 @@ Names are read from the metadata of the installed packages; a package is importe
 owner of each kind looks among its built-in names first, so an extension cannot replace one of those.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,7 +87,8 @@ def installed() -> Installed:
             unreadable.append(f"{distribution.name}: {_reason(error)}")
             continue
         for each in extensions:  # the first on the path hides others of its name, as for imports
-            found.setdefault((each.kind, each.name, each.distribution.rpartition(" ")[0]), each)
+            package = re.sub(r"[-_.]+", "-", each.distribution.rpartition(" ")[0]).lower()  # one name, however written
+            found.setdefault((each.kind, each.name, package), each)
     return Installed(extensions=tuple(found.values()), unreadable=tuple(unreadable))
 
 

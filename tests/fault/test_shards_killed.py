@@ -92,7 +92,7 @@ def kill_and_resume(steps: Steps, source: str | Path, tmp_path: Path, choose: Ca
 def after_the_manifest(names: list[str]) -> list[int]:
     """When there is nothing left to do but to clean up."""
     manifest = next(index for index, name in enumerate(names) if name.endswith("store.json.part"))
-    return list(range(manifest, len(names)))
+    return list(range(manifest, len(names), 2))  # all of them in slow tests
 
 
 def all_of_them(names: list[str]) -> list[int]:

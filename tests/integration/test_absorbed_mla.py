@@ -93,7 +93,7 @@ def test_decode_steps_follow_the_expanded_ones(pair: tuple[PreTrainedModel, PreT
         assert 0 < distance(got, expected) < TOLERANCE  # 0 would mean that nothing was absorbed
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_few_tokens_more_and_a_cropped_cache(pair: tuple[PreTrainedModel, PreTrainedModel], batch: int) -> None:
     (cache, mask, _), (fast_cache, _, _) = (prompted(model, batch) for model in pair)
     expected, longer = continue_with(pair[0], cache, mask, 5, 0)

@@ -103,7 +103,10 @@ def test_it_answers_with_a_key_and_lets_answers_end(store: Path, tmp_path: Path)
         assert (status, answer["usage"]["completion_tokens"]) == (200, 300)
 
 
-@pytest.mark.parametrize(("num_signals", "flags"), [(2, ()), (1, ("--drain", "1s"))], ids=["a second", "the limit"])
+@pytest.mark.parametrize(
+    ("num_signals", "flags"),
+    [pytest.param(2, (), id="a second", marks=pytest.mark.slow), pytest.param(1, ("--drain", "1s"), id="the limit")],
+)
 def test_answers_that_go_on_are_ended(store: Path, num_signals: int, flags: tuple[str, ...]) -> None:
     """By a second signal, or at the end of the time. Streams end with an error, also where nobody reads."""
     asked = {"model": "x", "prompt": "Once", "max_tokens": 3000, "n": 16, "ignore_eos": True, "stream": True}

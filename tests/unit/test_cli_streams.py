@@ -231,9 +231,9 @@ def test_files_do_not_get_the_numbers_of_closed_streams() -> None:
     [
         (["run", "thinker", "x"], "stderr", 0),
         (["info", "absent"], "stderr", 1),
-        (["info", "absent"], "stdout", 1),
+        pytest.param(["info", "absent"], "stdout", 1, marks=pytest.mark.slow),
         (["list", "--json"], "stdout", 141),
-        (["list", "--json"], "stderr", 0),
+        pytest.param(["list", "--json"], "stderr", 0, marks=pytest.mark.slow),
     ],
 )
 def test_a_reader_that_has_left_is_no_error(tmp_path: Path, arguments: list[str], stream: str, status: int) -> None:
