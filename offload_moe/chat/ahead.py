@@ -131,8 +131,7 @@ class GuessedRows:
             self._sharing.note_alone(self._member, cost, is_plain=is_plain)
 
     def _guess(self, most: int) -> Sequence[int]:
-        is_measuring = self._member is not None and self._sharing.governor.is_measuring
-        if self._speculator is None or most < 1 or is_measuring:
+        if self._speculator is None or most < 1 or (self._member is not None and self._sharing.is_measuring):
             return ()
         guesses = self._speculator.guess(most)
         return guesses if guesses and takes_rows(self._hf, self._cache, self._num_new + len(guesses)) else ()

@@ -107,6 +107,11 @@ class Sharing:
         """Whether answers at once give more tokens per second than one after another."""
         return speculation_of(hf).may_share and self.governor.pays
 
+    @property
+    def is_measuring(self) -> bool:
+        """Whether other answers wait for passes of one row, without guesses, of the one whose turn it is."""
+        return bool(self._ready) and self.governor.is_measuring
+
     def offer(self, member: Member, row: Row) -> None:
         """Its last token may be computed by a pass of another answer."""
         if not member.goes_alone:
