@@ -36,27 +36,12 @@ class PassCosts:
 
     def note(self, num_rows: int, seconds: float, num_misses: int) -> float:
         """A pass was computed. Returns how many usual passes of one row took as long."""
-        has_misses = num_misses > 0 or self.plain_misses > FEW_MISSES
-        if num_rows > 1:
-            self._since_rows = self._num_settled = 0
-        else:
-            self._since_rows += 1
-            is_settled = self._since_rows > SETTLED_AFTER or not has_misses
-            if is_settled or not self._ratios:
-                self._note_plain(seconds, num_misses)
-                self._num_settled = self._num_settled + 1 if is_settled else 0
-                is_usual = not has_misses or self._num_settled >= ENOUGH
-                if is_usual and self.is_stale and self._ratios:
-                    self._stale_after = min(2 * self._stale_after, self._most_after)
-                self._since_usual = 0 if is_usual else self._since_usual + 1
-                return 1.0
+        if num_rows == 1:
+            return self._note_alone(seconds, num_misses)
+        self._since_rows = self._num_settled = 0
         self._since_usual += 1
         if not self.plain_s:
             return 1.0
-        if num_rows == 1:
-            if seconds < self.plain_s:
-                self.plain_s += self._caution * (seconds - self.plain_s)
-            return min(seconds / self.plain_s, MOST_LATE)
         self._note_rows(num_rows, seconds)
         return seconds / self.plain_s
 
@@ -68,6 +53,23 @@ class PassCosts:
         if nearest is None:
             return _expected(num_rows)
         return 1.0 + (self._ratios[nearest] - 1.0) * (num_rows - 1) / (nearest - 1)
+
+    def _note_alone(self, seconds: float, num_misses: int) -> float:
+        has_misses = num_misses > 0 or self.plain_misses > FEW_MISSES
+        self._since_rows += 1
+        is_settled = self._since_rows > SETTLED_AFTER or not has_misses
+        if not is_settled and self._ratios:
+            self._since_usual += 1
+            if seconds < self.plain_s:
+                self.plain_s += self._caution * (seconds - self.plain_s)
+            return min(seconds / self.plain_s, MOST_LATE)
+        self._note_plain(seconds, num_misses)
+        self._num_settled = self._num_settled + 1 if is_settled else 0
+        is_usual = not has_misses or self._num_settled >= ENOUGH
+        if is_usual and self.is_stale and self._ratios:
+            self._stale_after = min(2 * self._stale_after, self._most_after)
+        self._since_usual = 0 if is_usual else self._since_usual + 1
+        return 1.0
 
     def _note_plain(self, seconds: float, num_misses: int) -> None:
         if not self.plain_s:

@@ -21,6 +21,7 @@ from offload_moe.decode.plan import PassPlan
 from offload_moe.decode.span import LayerSpan
 from offload_moe.engine.model import Model
 from offload_moe.native import kernels
+from tests.support.passes import rows_of_calls
 
 NUM_PROMPT = 9
 NEXT = torch.tensor([7, 9, 11, 5, 5, 60, 3, 42])
@@ -29,20 +30,6 @@ NEXT = torch.tensor([7, 9, 11, 5, 5, 60, 3, 42])
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_stores(tmp_path_factory.mktemp("stores"))
-
-
-def rows_of_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[int]:
-    """Grows by the number of rows of each call of this method."""
-    calls: list[int] = []
-    call = getattr(owner, name)
-
-    def counted(self: object, x: Tensor, *args: Any) -> Tensor:
-        calls.append(x.shape[1])
-        result: Tensor = call(self, x, *args)
-        return result
-
-    monkeypatch.setattr(owner, name, counted)
-    return calls
 
 
 @pytest.fixture

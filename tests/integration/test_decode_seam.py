@@ -22,6 +22,7 @@ from offload_moe.decode.plan import ModuleLayer, PassPlan
 from offload_moe.decode.probe import Uncovered
 from offload_moe.decode.wiring import wiring_of
 from offload_moe.engine.model import Model
+from tests.support.passes import rows_of_calls
 
 NUM_PROMPT, NUM_NEW = 9, 6
 ALL_PASSES = [NUM_PROMPT, *[1] * (NUM_NEW - 1)]
@@ -50,15 +51,7 @@ def plain(store: Path) -> Iterator[Model]:
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of rows of every pass of a plan."""
-    calls: list[int] = []
-    call = PassPlan.__call__
-
-    def counted(self: PassPlan, x: Tensor, *args: Any) -> Tensor:
-        calls.append(x.shape[1])
-        return call(self, x, *args)
-
-    monkeypatch.setattr(PassPlan, "__call__", counted)
-    return calls
+    return rows_of_calls(monkeypatch, PassPlan)
 
 
 def prompt(batch: int = 1) -> dict[str, Tensor]:

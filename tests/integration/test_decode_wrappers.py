@@ -15,6 +15,7 @@ from offload_moe.convert.quantize import quantize
 from offload_moe.decode.norm import FusedRMSNorm
 from offload_moe.decode.plan import PassPlan
 from offload_moe.engine.model import Model
+from tests.support.passes import rows_of_calls
 
 NUM_PROMPT, NUM_STEPS = 9, 4
 ROUNDING = 2e-2  # int8 activations: a last bit before them may round one of them the other way
@@ -44,15 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Model, Mo
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of rows of every pass of a plan."""
-    calls: list[int] = []
-    call = PassPlan.__call__
-
-    def counted(self: PassPlan, x: Tensor, *args: Any) -> Tensor:
-        calls.append(x.shape[1])
-        return call(self, x, *args)
-
-    monkeypatch.setattr(PassPlan, "__call__", counted)
-    return calls
+    return rows_of_calls(monkeypatch, PassPlan)
 
 
 def planes(num_planes: int) -> Tensor:

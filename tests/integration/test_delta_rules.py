@@ -11,7 +11,6 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from support.models import open_model
 from support.tiny_models import tiny_model, tiny_prompt
-from torch import Tensor
 from transformers import DynamicCache
 
 from offload_moe.card.model import why_not
@@ -24,6 +23,7 @@ from offload_moe.decode.plan import PassPlan
 from offload_moe.decode.probe import Uncovered
 from offload_moe.decode.span import LayerSpan
 from tests.integration.test_card_pass import logits
+from tests.support.passes import rows_of_calls
 
 FAMILIES = ("qwen3_next", "qwen3_5_moe_text")
 SIZES: dict[str, Any] = {
@@ -55,16 +55,11 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each pass through a plan of one span has."""
-    calls: list[int] = []
-    call = PassPlan.__call__
 
-    def counted(self: PassPlan, x: Tensor, *args: Any) -> Tensor:
-        assert [type(stage) for stage in self.stages] == [LayerSpan]
-        calls.append(x.shape[1])
-        return call(self, x, *args)
+    def is_one_span(plan: PassPlan) -> None:
+        assert [type(stage) for stage in plan.stages] == [LayerSpan]
 
-    monkeypatch.setattr(PassPlan, "__call__", counted)
-    return calls
+    return rows_of_calls(monkeypatch, PassPlan, check=is_one_span)
 
 
 def kinds(model: Any) -> list[str]:

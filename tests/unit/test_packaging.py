@@ -130,13 +130,19 @@ def test_flags_follow_the_target_not_this_machine(
     assert runpy.run_path(str(ROOT / "build_backend.py"))["IS_X86"] is is_x86
 
 
-def test_a_wheel_is_for_every_python_of_its_platform(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library is loaded by ctypes. What a wheel holds is checked by `scripts/build_wheels`."""
+def set_up(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], Distribution]:
+    """What setup.py gives setuptools, and a distribution of its extension modules."""
     given: dict[str, Any] = {}
     monkeypatch.setattr("setuptools.setup", given.update)
     monkeypatch.setattr("sys.path", list(sys.path))
     runpy.run_path(str(ROOT / "setup.py"))
     distribution = Distribution({"name": "offload-moe", "version": "1", "ext_modules": given["ext_modules"]})
+    return given, distribution
+
+
+def test_a_wheel_is_for_every_python_of_its_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library is loaded by ctypes. What a wheel holds is checked by `scripts/build_wheels`."""
+    given, distribution = set_up(monkeypatch)
     wheel = given["cmdclass"]["bdist_wheel"](distribution)
     wheel.ensure_finalized()
     python, abi, platform = wheel.get_tag()
@@ -149,11 +155,7 @@ def test_a_wheel_is_for_every_python_of_its_platform(monkeypatch: pytest.MonkeyP
 
 def test_zig_compiles_for_every_processor(backend: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And not for the one that it runs on, which is its default; files of an instruction set have their own flags."""
-    given: dict[str, Any] = {}
-    monkeypatch.setattr("setuptools.setup", given.update)
-    monkeypatch.setattr("sys.path", list(sys.path))
-    runpy.run_path(str(ROOT / "setup.py"))
-    distribution = Distribution({"name": "offload-moe", "version": "1", "ext_modules": given["ext_modules"]})
+    given, distribution = set_up(monkeypatch)
     build = given["cmdclass"]["build_ext"](distribution)
     build.ensure_finalized()
     build.build_lib, build.build_temp, build.command = str(tmp_path), str(tmp_path), backend.ZIG
