@@ -25,19 +25,17 @@ from typing import Any
 
 import numpy as np
 from harness import finish, spread
+from speculation import ACCEPTANCE, speculator_of
 
 from offload_moe.native.slot_table import SlotTable
+from offload_moe.profile.replay import acquire
 from offload_moe.profile.trace import Trace, load_trace
-from offload_moe.residency.counters import Counters
 from offload_moe.residency.policy import DEFAULT_POLICY, make_policy
 from offload_moe.residency.residency import Residency
-from offload_moe.speculate.costs import PassCosts
-from offload_moe.speculate.governor import EveryGuess
 from offload_moe.speculate.guess import Guess
 from offload_moe.speculate.row_governor import RowGovernor
-from offload_moe.speculate.speculator import PassCost, Speculator
+from offload_moe.speculate.speculator import PassCost
 
-ACCEPTANCE = 0.8
 CONVERSATIONS = 4
 RIGHT, WRONG = 0, 1
 
@@ -76,26 +74,10 @@ class Machine:
             keys = list(dict.fromkeys(rows.flatten().tolist()))
             self._residency.policy.access(layer, keys, None)
             num_distinct += len(keys)
-            num_misses += self._bring(keys)
+            num_misses += len(keys) - acquire(self._residency, keys)
         seconds = self._costs.seconds(num_distinct, num_misses)
         self.elapsed_s += seconds
         return PassCost(len(tokens), seconds, num_misses)
-
-    def _bring(self, keys: Sequence[int]) -> int:
-        residency, held, num_misses = self._residency, [], 0
-        for key in keys:
-            if (slot := residency.find(key)) is None:
-                num_misses += 1
-                if (slot := residency.admit(key)) is None:
-                    continue  # more than there are slots: computed and dropped
-                residency.lease(slot)
-                residency.loaded(slot)
-            else:
-                residency.lease(slot)
-            held.append(slot)
-        for slot in held:
-            residency.release(slot)
-        return num_misses
 
     @property
     def rate(self) -> float:
@@ -155,8 +137,7 @@ class Scripted:
 
 def guessed(machine: Machine, sequences: Sequence[Sequence[int]], num_rows: int, *, is_governed: bool) -> float:
     elsewhere, everything = random.Random(0), [token for sequence in sequences for token in sequence]
-    governor = None if is_governed else EveryGuess()
-    speculator = Speculator(Scripted(num_rows - 1), PassCosts(), Counters(), governor)
+    speculator = speculator_of(Scripted(num_rows - 1), is_governed=is_governed)
     for sequence in sequences:
         speculator.begin([])
         at = 0

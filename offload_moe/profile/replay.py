@@ -72,7 +72,7 @@ def replay(trace: Trace, policy: str, *, num_slots: int, pool: Pool = "global") 
         for layer, keys in enumerate(keys_per_layer):
             weights = None if weights_per_layer is None else weights_per_layer[layer]
             residencies[layer].policy.access(layer, keys, weights)
-            hits[layer] += _acquire(residencies[layer], keys)
+            hits[layer] += acquire(residencies[layer], keys)
     per_layer = trace.num_tokens * trace.top_k
     return ReplayResult(
         policy=policy,
@@ -141,7 +141,7 @@ def _make(trace: Trace, policy: str, num_slots: int, layers: range) -> Policy:
     return make_policy(policy, trace.keys, num_slots=num_slots, layers=layers)
 
 
-def _acquire(residency: Residency, keys: Sequence[int]) -> int:
+def acquire(residency: Residency, keys: Sequence[int]) -> int:
     """Lease resident experts, load the others, release all; in waves if there are too few slots. Returns the hits."""
     held = []
     misses = []
