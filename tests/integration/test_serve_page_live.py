@@ -47,8 +47,8 @@ def server(live: Hierarchy) -> Iterator[FakeServer]:
 
 
 def figure(page: Page, label: str) -> str:
-    labels, values = page.texts("#live dt"), page.texts("#live dd")
-    return dict(zip(labels, values, strict=True))[label]
+    texts = page.texts("#live dt, #live dd")  # one call: the panel is drawn anew between two
+    return dict(zip(texts[::2], texts[1::2], strict=True)).get(label, "")
 
 
 def number(text: str) -> float:
