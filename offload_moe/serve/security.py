@@ -16,7 +16,8 @@ from offload_moe.serve.config import ServeConfig
 from offload_moe.serve.errors import Api, ApiError
 from offload_moe.serve.page import page_files
 
-OPEN_PATHS = frozenset({"/health", "/favicon.ico", *page_files()})  # need no key
+HEALTH = "/health"  # load balancers request it without a Host header, which every browser sends
+OPEN_PATHS = frozenset({HEALTH, "/favicon.ico", *page_files()})  # need no key
 LOCAL_NAME = "localhost"
 
 
@@ -33,7 +34,7 @@ class Guard:
             return
         headers = Headers(scope=scope)
         try:
-            self._check_host(headers)
+            self._check_host(path_of(scope), headers)
             self._check_origin(headers)
             if scope["method"] == "OPTIONS":
                 await self._answer(send, 204, b"", self._cors(headers) | {"Allow": "GET, POST, OPTIONS"})
@@ -46,7 +47,9 @@ class Guard:
             return
         await self._app(scope, receive, self._sending(send, self._cors(headers)))
 
-    def _check_host(self, headers: Headers) -> None:
+    def _check_host(self, path: str, headers: Headers) -> None:
+        if path == HEALTH and "host" not in headers:
+            return
         name = host_name(headers.get("host", ""))
         if name not in self._names and not is_address(name):
             raise ApiError(

@@ -33,6 +33,15 @@ def test_a_host_name_that_is_not_ours_is_refused(client: TestClient, host: str) 
         assert (response.status_code, response.json()["error"]["code"]) == (403, "unknown_host")
 
 
+def test_health_alone_is_given_without_a_host(model: Model) -> None:
+    """Checks of load balancers send none, HAProxy's in HTTP/1.0. Every browser sends a Host."""
+    with listening(model) as address:
+        for path, status in (("/health", b"200"), ("/v1/models", b"403"), ("/", b"403"), ("/healthy", b"403")):
+            with socket.create_connection(address, timeout=10) as check:
+                check.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+                assert check.recv(1000).split()[1] == status, path
+
+
 @pytest.mark.parametrize("host", ["localhost", "localhost:8000", "127.0.0.1:9", "[::1]:8000", "192.168.1.7:8000"])
 def test_addresses_and_local_names_are_ours(client: TestClient, host: str) -> None:
     assert client.get("/health", headers={"Host": host}).status_code == 200
