@@ -1,6 +1,5 @@
 """What the layers of a pass share while it is described."""
 
-import ctypes
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,8 +109,3 @@ class Frame:
         )
         kernel = self.program.kernel("NORM", width)
         nodes.add(kernel, params, threads=launch("OM_NORM_THREADS"), grid=(self.rows,))
-
-
-def size_of(kind: str) -> int:
-    """Bytes of `om_card_<kind>`."""
-    return ctypes.sizeof(struct(kind))

@@ -102,7 +102,6 @@ DEEPSEEK_V2 = RouterClass(
 )
 CORRECTED = RouterClass(scoring="sigmoid", is_normalized=True, correction="e_score_correction_bias")
 
-GROUPED = AttentionClass()
 NORMED_HEADS = AttentionClass(norm_span="head")
 NORMED_ROWS = AttentionClass(norm_span="all heads")
 LATENT = AttentionClass(

@@ -34,7 +34,6 @@ class SimulatedStream:
         self._is_lazy = is_lazy
         self._jobs: deque[Callable[[], None] | None] = deque()
         self._changed = threading.Condition()
-        self._outer: list[SimulatedStream | None] = []
         self._thread = threading.Thread(target=self._run, name="simulated-stream", daemon=True)
         self._thread.start()
 

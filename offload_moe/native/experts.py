@@ -104,6 +104,7 @@ class ExpertKernel:
             DTYPES[out.dtype] or len(out_ids) != len(token_ids) or max(out_ids, default=0) >= len(out)
         ):
             raise ConfigError(f"{len(out_ids)} rows of out for {len(token_ids)} pairs, of {len(out)} in {out.dtype}.")
+        if len(offsets) != len(records) + 1 or len(token_ids) != len(weights):
             raise ConfigError(f"{len(records)} records, {len(offsets)} offsets, {len(token_ids)} pairs do not fit.")
         addresses = array("Q", [address_of(record) for record in records])
         offset_values, token_values, weight_values = _Array("i", offsets), _Array("i", token_ids), _Array("f", weights)

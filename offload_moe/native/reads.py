@@ -82,7 +82,7 @@ class Reads:
         handle = native.om_reads_open(slot_table.handle, ctypes.addressof(options))
         if not handle:
             raise MemoryError("No memory for the threads that read experts.")
-        self._handle, self._has_ended = handle, False
+        self._handle = handle
         self._submit, self._demand, self._cancel = short.om_reads_submit, short.om_reads_demand, short.om_reads_cancel
         self._take, self._wake = short.om_reads_completions, short.om_reads_wake
         self._reserve, self._reclaim = short.om_reads_reserve, short.om_reads_reclaim

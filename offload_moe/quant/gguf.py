@@ -7,7 +7,7 @@ Source: ggml-common.h of llama.cpp; gguf-py, gguf/quants.py, which decodes them 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -95,11 +95,6 @@ class GgufCodec:
             raise ConfigError(f"{len(kinds)} types of GGUF for one record.")
         self.kinds = tuple(TYPES[kind] for kind in kinds)
         self.name = PREFIX + ",".join(kinds)
-
-    @cached_property
-    def kind_names(self) -> str:
-        """Its types, each once: `Q4_K and Q6_K`."""
-        return " and ".join(dict.fromkeys(kind.name for kind in self.kinds))
 
     def parts(self, shape: ExpertShape) -> tuple[GgufPart, ...]:
         """The matrices of a record in its order. Raises: ConfigError for a shape of other parts."""

@@ -98,10 +98,6 @@ class DiskModel:
     num_readers: int = 4
     part_bytes: int = 1 << 20
 
-    def alone_s(self, num_bytes: int) -> float:
-        """Seconds of one record on an idle disk; its parts are read concurrently."""
-        return self.latency_s + num_bytes / min(self.bytes_per_s, self.num_readers * self.stream_bytes_per_s)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkModel:
@@ -110,9 +106,6 @@ class LinkModel:
     bytes_per_s: float
     latency_s: float = 30e-6
     num_loaders: int = 4
-
-    def alone_s(self, num_bytes: int) -> float:
-        return self.latency_s + num_bytes / self.bytes_per_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -134,6 +134,10 @@ def test_pairs_out_of_range_are_refused() -> None:
     kernel = kernels.ExpertKernel("nf4", experts.shape, experts.layout, activation="silu")
     with pytest.raises(ConfigError, match="out of range"):
         kernel.forward(torch.randn(2, 128), experts.records, [0, 1], [2], [1.0], torch.empty(2, 128))
+    unfit = [([0], [0], [1.0]), ([0, 1, 1], [0], [1.0]), ([0, 1], [0], []), ([0, 1], [], [1.0])]
+    for offsets, tokens, weights in unfit:
+        with pytest.raises(ConfigError, match="do not fit"):  # native code would read beyond them
+            kernel.forward(torch.randn(2, 128), experts.records, offsets, tokens, weights, torch.empty(2, 128))
 
 
 @pytest.mark.parametrize("codec", QUANTIZED)

@@ -56,7 +56,6 @@ def read(
 def test_one_read_takes_its_latency_and_its_bytes() -> None:
     model = DiskModel(bytes_per_s=100 * MB, latency_s=0.01, part_bytes=WHOLE)
     assert read(model, 10 * MB, 1) == pytest.approx([0.11])
-    assert model.alone_s(10 * MB) == pytest.approx(0.11)
 
 
 def test_reads_at_once_share_the_disk_and_one_alone_is_bound_by_its_stream() -> None:
