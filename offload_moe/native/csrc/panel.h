@@ -24,6 +24,16 @@
 #define OM_IN_TURN(constraint, sum) __asm__("" : constraint(sum))
 #endif
 
+/* The line of a panel there, beside a prefetch of the one so far behind it, which stays in this place: gcc gathers those of a
+ * whole superblock at its beginning, where they wait for each other. */
+OM_INLINE const uint8_t *om_line(const uint8_t *line, int64_t ahead) {
+    OM_PREFETCH(line + ahead);
+#if defined(__GNUC__)
+    __asm__ volatile("" ::: "memory");
+#endif
+    return line;
+}
+
 /* One token's activations. A group's quants: those that meet low nibbles, then those that meet high ones; int8 and GGUF's types
  * in order. */
 typedef struct {

@@ -94,7 +94,7 @@ OM_INLINE slice_i add_products(const int codec, slice_i sum, panel_weights w, __
 OM_INLINE slice_i whole_sum(const int codec, slice_i sum) { return codec == OM_MXFP4 ? add_pairs(sum) : sum; }
 #endif
 
-OM_INLINE void group_sums(const int codec, const int T, const int H, const uint8_t *codes, const int8_t *quants,
+OM_INLINE void group_sums(const int codec, const int T, const int H, const uint8_t *codes, int64_t ahead, const int8_t *quants,
                           const int32_t *corrections, slice_i *sums) {
     const int groups = codec == OM_MXFP4 ? 2 : 1, dwords = OM_ROW_DWORDS(codec) / groups, half = OM_BLOCK / groups / 2;
     const int parts = codec == OM_INT8 ? 1 : 2;
@@ -103,7 +103,7 @@ OM_INLINE void group_sums(const int codec, const int T, const int H, const uint8
     _Pragma("GCC unroll 16") for (int v = 0; v < dwords; v++) {
         panel_weights weights[OM_SLICES][2];
         _Pragma("GCC unroll 16") for (int h = 0; h < H; h++) {
-            const __m256i raw = load_bytes(codes + v * 64 + h * 32);
+            const __m256i raw = load_bytes((h == 0 ? om_line(codes + v * 64, ahead) : codes + v * 64) + h * 32);
             _Pragma("GCC unroll 16") for (int n = 0; n < parts; n++)
                 weights[h][n] = prepare_weights(weights_of(codec, raw, n));
         }

@@ -74,7 +74,7 @@ OM_INLINE __m512i broadcast_dword(const void *p) {
 }
 
 /* Two chains of sums a token, where the registers hold them: one would wait for itself. */
-OM_INLINE void group_sums(const int codec, const int T, const int H, const uint8_t *codes, const int8_t *quants,
+OM_INLINE void group_sums(const int codec, const int T, const int H, const uint8_t *codes, int64_t ahead, const int8_t *quants,
                           const int32_t *corrections, slice_i *sums) {
     const int groups = codec == OM_MXFP4 ? 2 : 1, dwords = OM_ROW_DWORDS(codec) / groups, half = OM_BLOCK / groups / 2;
     slice_i others[OM_TILE];
@@ -84,7 +84,7 @@ OM_INLINE void group_sums(const int codec, const int T, const int H, const uint8
         others[t] = _mm512_setzero_si512();
     }
     _Pragma("GCC unroll 16") for (int v = 0; v < dwords; v++) {
-        const __m512i raw = _mm512_loadu_si512(codes + v * 64);
+        const __m512i raw = _mm512_loadu_si512(om_line(codes + v * 64, ahead));
         const __m512i low = codec == OM_INT8 ? _mm512_xor_si512(raw, _mm512_set1_epi8(-128)) : look_up(codec, raw);
         const __m512i high = codec == OM_INT8 ? low : look_up(codec, _mm512_srli_epi16(raw, 4));
         _Pragma("GCC unroll 16") for (int t = 0; t < T; t++) {

@@ -16,14 +16,15 @@
 
 /* A slice of a chunk, and the first of the tokens that are multiplied with it. sums: 16-bit sums of the quants of 16 columns. */
 typedef struct {
-    const uint8_t *dwords, *sides, *ahead;
+    const uint8_t *dwords, *sides;
+    int64_t ahead;
     const int8_t *quants;
     const float *scales;
     const int32_t *sums;
     int stride; /* tokens of the tile */
 } gguf_part;
 
-OM_INLINE slice_i line(const gguf_part *part, int i) { return si_load(part->dwords + i * 64); }
+OM_INLINE slice_i line(const gguf_part *part, int i) { return si_load(om_line(part->dwords + i * 64, part->ahead)); }
 OM_INLINE slice_i bytes_of(slice_i v, const int mask) { return si_and(v, si_set(mask * 0x01010101)); }
 /* Left, or right where the count is negative. */
 OM_INLINE slice_i shifted(slice_i v, int left) { return left >= 0 ? si_left(v, left) : si_right(v, -left); }
@@ -93,7 +94,6 @@ OM_INLINE void flat_sums(const int codec, const int N, const gguf_part *part, co
 
 /* A block of 64 columns into the segment, which `is_first` begins. */
 OM_INLINE void add_flat(const int codec, const int N, const gguf_part *part, const int is_first, slice_f *segment) {
-    prefetch_block(part->ahead, om_chunk_dwords(codec) * 64);
     OM_UNROLL for (int j = 0; j < 2; j++) {
         slice_i sums[OM_TOKENS_AT_ONCE];
         flat_sums(codec, N, part, j, sums);
@@ -165,7 +165,6 @@ typedef struct {
 /* Columns 64 c to 64 c + 63 of a type with sub-blocks of 32. */
 OM_INLINE void add_group_of_32(const int codec, const int N, const gguf_part *part, int c, slice_i header, superblock *to) {
     slice_i first[OM_TOKENS_AT_ONCE], second[OM_TOKENS_AT_ONCE];
-    prefetch_block(part->ahead + c * om_chunk_dwords(codec) * 16, om_chunk_dwords(codec) * 16);
     wide_sums(codec, N, part, c, first, second);
     const int even = c % 2 * 2, odd = even + 1;
     const slice_i s0 = om_has_mins(codec) ? byte_of(to->scales[c / 2], even) : iq4_scale(header, line(part, 1), 2 * c);
@@ -270,7 +269,6 @@ OM_INLINE void half_sums(const int codec, const int N, const gguf_part *part, in
 /* Blocks 2 g and 2 g + 1 of a type with sub-blocks of 16. */
 OM_INLINE void add_half_of_16(const int codec, const int N, const gguf_part *part, int g, superblock *to) {
     slice_i sums[2][OM_TOKENS_AT_ONCE];
-    prefetch_block(part->ahead + g * om_chunk_dwords(codec) * 32, om_chunk_dwords(codec) * 32);
     half_sums(codec, N, part, g, to->scales, sums);
     OM_UNROLL for (int i = 0; i < 2; i++) OM_UNROLL for (int t = 0; t < N; t++) {
         const int c = 2 * g + i;
@@ -303,7 +301,7 @@ OM_INLINE void add_chunk(const int codec, const int N, const panel_place *place,
     OM_UNROLL for (int h = 0; h < OM_SLICES; h++) {
         const gguf_part part = {.dwords = chunk + h * OM_SLICE_ROWS * 4,
                                 .sides = place->scales + (k * OM_PANEL + h * OM_SLICE_ROWS) * OM_SIDE_BYTES,
-                                .ahead = chunk + place->ahead,
+                                .ahead = place->ahead,
                                 .quants = tile->quants + (k * blocks * stride + first) * OM_BLOCK,
                                 .scales = tile->scales + k * blocks * stride + first,
                                 .sums = tile->corrections + k * blocks * OM_SUMS * stride + first,

@@ -79,7 +79,7 @@ OM_INLINE int8x16_t broadcast_dword(const int8_t *quants) {
     return vreinterpretq_s8_s32(vld1q_dup_s32((const int32_t *)quants));
 }
 
-OM_INLINE void group_sums(const int codec, const int T, const int H, const uint8_t *codes, const int8_t *quants,
+OM_INLINE void group_sums(const int codec, const int T, const int H, const uint8_t *codes, int64_t ahead, const int8_t *quants,
                           const int32_t *corrections, slice_i *sums) {
     const int groups = codec == OM_MXFP4 ? 2 : 1, dwords = OM_ROW_DWORDS(codec) / groups, half = OM_BLOCK / groups / 2;
     const int parts = codec == OM_INT8 ? 1 : 2;
@@ -88,7 +88,7 @@ OM_INLINE void group_sums(const int codec, const int T, const int H, const uint8
         _Pragma("GCC unroll 16") for (int h = 0; h < H; h++) sums[t * OM_SLICES + h] = vdupq_n_s32(0);
     _Pragma("GCC unroll 16") for (int v = 0; v < dwords; v++)
         _Pragma("GCC unroll 16") for (int h = 0; h < H; h++) {
-            const uint8x16_t raw = vld1q_u8(codes + v * 64 + h * 16);
+            const uint8x16_t raw = vld1q_u8((h == 0 ? om_line(codes + v * 64, ahead) : codes + v * 64) + h * 16);
             _Pragma("GCC unroll 16") for (int n = 0; n < parts; n++) {
                 const int8x16_t weights = weights_of(codec, raw, n);
                 _Pragma("GCC unroll 16") for (int t = 0; t < T; t++) {

@@ -9,8 +9,9 @@
  *   map_codes(bytes)              om_map_formula of OM_SLICE_ROWS bytes
  *   pick_steps(steps, slice, b)   the nested scale of the slice's rows, b blocks behind where `steps` begins
  *   powers_of_two(bytes)          om_e8m0 of OM_SLICE_ROWS bytes
- *   group_sums(codec, T, H, codes, quants, corrections, sums)
- *                                 the integer sums of one group for H slices from `codes` on, sums[t * OM_SLICES + h] */
+ *   group_sums(codec, T, H, codes, ahead, quants, corrections, sums)
+ *                                 the integer sums of one group for H slices from `codes` on, each line read by om_line,
+ *                                 sums[t * OM_SLICES + h] */
 #include "cpu.h"
 #include "panel_elementwise.h"
 
@@ -27,10 +28,6 @@ typedef struct {
     om_panel_steps steps;
     float decoded[(OM_SPAN ? OM_SPAN : 1) * OM_PANEL];
 } panel_place;
-
-OM_INLINE void prefetch_block(const uint8_t *ahead, const int num_bytes) {
-    OM_UNROLL for (int i = 0; i < num_bytes; i += 64) OM_PREFETCH(ahead + i);
-}
 
 OM_INLINE slice_f nf4_scale(const panel_place *place, int64_t b, const int slice) {
     const slice_f map = map_codes(place->scales + b * OM_PANEL + slice * OM_SLICE_ROWS);
@@ -68,10 +65,9 @@ OM_INLINE void add_block(const int codec, const int T, const panel_place *place,
     OM_ONE_POINTER(quants);
     OM_ONE_POINTER(corrections);
     OM_ONE_POINTER(scales);
-    prefetch_block(codes + place->ahead, OM_BLOCK_BYTES(codec));
     OM_UNROLL for (int g = 0; g < groups; g++) OM_UNROLL for (int h0 = 0; h0 < OM_SLICES; h0 += H) {
         slice_i sums[OM_TILE * OM_SLICES];
-        group_sums(codec, T, H, codes + (g * dwords * OM_PANEL + h0 * OM_SLICE_ROWS) * 4,
+        group_sums(codec, T, H, codes + (g * dwords * OM_PANEL + h0 * OM_SLICE_ROWS) * 4, place->ahead,
                    quants + g * (OM_BLOCK / groups), corrections + g * T, sums);
         OM_UNROLL for (int h = 0; h < H; h++) {
             const slice_f scale = scale_of(codec, place, b * groups + g, h0 + h);
