@@ -1,4 +1,4 @@
-"""Slow, flaky and lying disks beneath a whole process: the same tokens and bytes, or one line that names what failed."""
+"""Slow, flaky and lying disks beneath a process: the same tokens and bytes, or one line that names what failed."""
 
 import errno
 import shutil
