@@ -139,6 +139,19 @@ def test_the_checksum_of_an_expert_is_compared_once(mover: DiskMover, file: Path
     assert isinstance(read(mover, 1)[1], TransferError)
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.EINVAL, errno.EOPNOTSUPP])
+def test_every_checksum_is_compared_once_a_read_went_wrong(mover: DiskMover, file: Path, number: int) -> None:
+    """A refusal of direct reads is no failure of the disk."""
+    assert read(mover, 1) == (RECORD, None)
+    with disk_that(mover.reads, failing(number, 1)):
+        read(mover, 2)
+    with file.open("r+b") as opened:
+        opened.seek(RECORD)
+        opened.write(b"changed")
+    _, error = read(mover, 1)
+    assert (error is not None) == (number == errno.EIO)
+
+
 def test_a_truncated_file_that_is_put_back_is_read_again(mover: DiskMover, file: Path) -> None:
     content = file.read_bytes()
     assert read(mover, 0) == (RECORD, None)

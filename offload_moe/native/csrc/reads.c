@@ -10,6 +10,7 @@
 #include "job.h"
 #include "pieces.h"
 
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -155,10 +156,11 @@ static om_fetch *pick(om_reads *reads) {
 }
 
 /* Bring a record into its order in RAM if its bytes are the expert's, and return whether they are (lock held, released meanwhile).
- * Only the first read of each is compared: files do not change. Pieces of other files have no checksum. */
+ * Only the first read of each is compared, as files do not change, and every one since a read went wrong.
+ * Pieces of other files have no checksum. */
 static int accept(om_reads *reads, om_fetch *fetch, const om_place *place, uint8_t *scratch) {
     uint8_t *is_checked = &reads->options.is_checked[fetch->key];
-    const int was_checked = *is_checked || place->num_pieces > 0;
+    const int was_checked = (*is_checked && !reads->is_doubtful) || place->num_pieces > 0;
     if (was_checked && place->num_matrices == 0 && place->num_pieces == 0) return 1;
     unlock(reads);
     om_join_pieces(place, fetch->record);
@@ -172,6 +174,7 @@ static int accept(om_reads *reads, om_fetch *fetch, const om_place *place, uint8
 /* End a read after its last part (lock held). A transfer may corrupt what the disk has right: a wrong record is read once more. */
 static void finish(om_reads *reads, om_fetch *fetch, const om_place *place, uint8_t *scratch) {
     if (!fetch->has_failed && !accept(reads, fetch, place, scratch)) {
+        reads->is_doubtful = 1;
         if (!fetch->is_reread && !reads->is_closed) {
             fetch->is_reread = 1;
             fetch->next_byte = 0;
@@ -206,6 +209,7 @@ static void read_next(om_reads *reads, om_fetch *fetch, uint8_t *scratch) {
         om_withdraw(queue_of(reads, fetch), fetch);
         fetch->has_failed = 1;
         fetch->failure = part;
+        reads->is_doubtful |= part.error != EINVAL && part.error != EOPNOTSUPP; /* those refuse direct reads */
     }
     if (fetch->num_running > 0) return;
     if (!fetch->is_queued) finish(reads, fetch, &place, scratch);

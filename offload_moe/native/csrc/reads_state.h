@@ -20,6 +20,7 @@ struct om_reads {
     uint8_t *scratch; /* a part for each thread */
     int64_t num_files;
     int32_t num_begun, num_threads, num_prefetching, num_spares, least_spares, is_closed, num_users;
+    int32_t is_doubtful; /* a read has failed or given wrong bytes: no checksum is taken as compared any more */
     struct {
         uint8_t *record;
         int32_t slot;
