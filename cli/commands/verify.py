@@ -40,7 +40,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--source",
         metavar="SOURCE",
-        help="folder, name in the cache, or hub id of the checkpoint (default: the store's own source)",
+        help="folder, GGUF file, name in the cache, or hub id of the checkpoint (default: the store's own source)",
     )
     add_link_flag(parser)
 
@@ -109,7 +109,7 @@ def _repair(
 def _verdict(
     store: "Store", damages: "list[Damage]", remaining: "list[Damage]", source: "Path | str | None", *, is_repair: bool
 ) -> str:
-    from offload_moe.system.names import looks_like_hub_id
+    from offload_moe.convert.repair import has_known_source
 
     pieces = list(store.pieces())
     if not pieces:
@@ -128,6 +128,6 @@ def _verdict(
             "the source is another checkpoint than the store's own, or this version encodes it differently. Quantize "
             "the model again."
         )
-    is_known = source is not None or looks_like_hub_id(store.source)
-    flags = "--repair" if is_known else f"--repair --source FOLDER (the checkpoint, which was named {store.source})"
+    is_known = source is not None or has_known_source(store)
+    flags = "--repair" if is_known else f"--repair --source SOURCE (the checkpoint, which was named {store.source})"
     return f"{store.path} is damaged: {len(damages)} of {len(pieces):,} pieces. Check the disk, and add {flags}."

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from offload_moe.checkpoint.header import TensorEntry, read_header
 from offload_moe.checkpoint.json_file import read_json
+from offload_moe.checkpoint.shards import read_part
 from offload_moe.checkpoint.tensors import TensorSource, row_chunks
 from offload_moe.errors import CheckpointError
 
@@ -39,10 +40,10 @@ ADVICE = "Merge it with peft's merge_and_unload(), and convert that folder."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """The change of one weight: scale times up ``[O, r]`` times down ``[r, K]``."""
+    """The change of one weight: scale times up ``[O, r]`` times down ``[r, K]``, read when they are needed."""
 
-    down: Tensor
-    up: Tensor
+    down: TensorEntry
+    up: TensorEntry
     scale: float
 
     @property
@@ -51,15 +52,19 @@ class Pair:
 
     def added(self, weight: Tensor, first_row: int) -> Tensor:
         """Rows ``[o, K]`` of the weight, from the first one on, with the change, in their dtype."""
-        up = self.up[first_row : first_row + len(weight)].float()
-        return (weight.float() + self.scale * (up @ self.down.float())).to(weight.dtype)
+        up = read_part(self.up, first_row, first_row + len(weight)).float()
+        down = read_part(self.down, 0, self.down.shape[0]).float()
+        return (weight.float() + self.scale * (up @ down)).to(weight.dtype)
+
+    def is_finite(self) -> bool:
+        return all(bool(read_part(half, 0, half.shape[0]).isfinite().all()) for half in (self.down, self.up))
 
 
 class Adapter:
     """One adapter: the change of each weight, by the weight's name in the checkpoint."""
 
     def __init__(self, folder: Path) -> None:
-        """Read all of it. Raises: CheckpointError naming what cannot be merged."""
+        """Check all of it; its matrices stay in the file. Raises: CheckpointError naming what cannot be merged."""
         self.folder = folder
         self.name = folder.resolve().name
         settings = _settings(folder)
@@ -168,21 +173,18 @@ def _check_is_lora(path: Path, entries: Mapping[str, TensorEntry]) -> None:
 
 
 def _pairs(path: Path, entries: Mapping[str, TensorEntry], settings: Mapping[str, Any]) -> Iterator[tuple[str, Pair]]:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        for name in entries:
-            if not name.endswith(DOWN):
-                continue
-            module = name.removesuffix(DOWN)
-            down, up = file.get_tensor(name), file.get_tensor(module + UP)
-            if up.shape[1] != len(down) or not len(down):
-                raise CheckpointError(f"{path}: {module} has lora_A of rank {len(down)}, lora_B of {up.shape[1]}.")
-            if not (down.isfinite().all() and up.isfinite().all()):
-                raise CheckpointError(f"{path}: {module} has NaN or infinite weights.")
-            module = module.removeprefix(PREFIX)
-            scale = _scale(path.with_name(CONFIG), module, len(down), settings)
-            yield f"{module}.weight", Pair(down=down, up=up, scale=scale)
+    for name, down in entries.items():
+        if not name.endswith(DOWN):
+            continue
+        module = name.removesuffix(DOWN)
+        up, rank = entries[module + UP], down.shape[0]
+        if up.shape[1] != rank or not rank:
+            raise CheckpointError(f"{path}: {module} has lora_A of rank {rank}, lora_B of {up.shape[1]}.")
+        changed = module.removeprefix(PREFIX)
+        pair = Pair(down=down, up=up, scale=_scale(path.with_name(CONFIG), changed, rank, settings))
+        if not pair.is_finite():
+            raise CheckpointError(f"{path}: {module} has NaN or infinite weights.")
+        yield f"{changed}.weight", pair
 
 
 def _scale(path: Path, module: str, rank: int, settings: Mapping[str, Any]) -> float:

@@ -14,8 +14,8 @@ NOT_MODELS = ("mmproj", "imatrix")  # beginnings of names of other files in GGUF
 MOST_SHOWN = 12
 
 
-def download_gguf(name: str, *, revision: str | None, token: str | None) -> Path:
-    """Download the files of one model into the hub's own cache. Returns the first part.
+def download_gguf(name: str, *, revision: str | None, token: str | None) -> tuple[Path, str]:
+    """Download the files of one model into the hub's own cache. Returns the first part, and the commit.
 
     name: as `split_gguf_name` takes it.
 
@@ -33,7 +33,7 @@ def download_gguf(name: str, *, revision: str | None, token: str | None) -> Path
     advice = "Run the same command again to resume."
     with hub_errors(f"Downloading {name}", repo_id, revision, advice=advice):
         folder = snapshot_download(repo_id, revision=repository.commit, token=token, allow_patterns=files)
-    return Path(folder, files[0])
+    return Path(folder, files[0]), repository.commit
 
 
 def choose_files(names: Iterable[str], wanted: str, repo_id: str) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from offload_moe.checkpoint.header import HeaderCopy, TensorEntry, read_header
 from offload_moe.checkpoint.weight_files import WeightFiles, choose_weights, file_names, listing, require
 from offload_moe.errors import CheckpointError, TransferError
-from offload_moe.system.open_files import OpenFiles
+from offload_moe.system.open_files import OpenFiles, open_descriptor
 
 
 class Remote(Protocol):
@@ -94,6 +94,17 @@ class Shards:
                 return _fill(descriptor, entry, offset, num_bytes)
         except OSError as error:
             raise TransferError(f"{entry.path}: reading tensor {entry.name} failed: {error.strerror}.") from error
+
+
+def read_part(entry: TensorEntry, start: int, stop: int) -> Tensor:
+    """A slice along the leading dimension, of a file that is opened for it. Raises: as `Shards`."""
+    row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+    try:
+        with os.fdopen(open_descriptor(entry.path), "rb", buffering=0) as file:
+            data = _fill(file.fileno(), entry, entry.offset + start * row_bytes, (stop - start) * row_bytes)
+    except OSError as error:
+        raise TransferError(f"{entry.path}: reading tensor {entry.name} failed: {error.strerror}.") from error
+    return data.view(entry.dtype).view(stop - start, *entry.shape[1:])
 
 
 def _fill(descriptor: int, entry: TensorEntry, offset: int, num_bytes: int) -> Tensor:

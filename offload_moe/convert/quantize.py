@@ -5,20 +5,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from offload_moe.checkpoint.adapter import Adapter
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.download import Download
 from offload_moe.checkpoint.formats import is_mxfp4
-from offload_moe.checkpoint.gguf_hub import download_gguf
-from offload_moe.checkpoint.gguf_split import is_gguf, parts_beside
-from offload_moe.checkpoint.gguf_view import write_small_files
 from offload_moe.checkpoint.small_files import SmallFiles, read_small_files
 from offload_moe.checkpoint.source import Source, open_download, resolve_source
 from offload_moe.convert.choose_weighing import WeighingOptions
 from offload_moe.convert.description import Chosen, manifest_of, settings_of
 from offload_moe.convert.gguf import plan_same_bits
+from offload_moe.convert.gguf_source import local_gguf, small_files_of
 from offload_moe.convert.jobs import LOSSLESS, MXFP4, Job, plan_conversion
 from offload_moe.convert.source_shards import SourceShards
 from offload_moe.errors import ConfigError
@@ -30,7 +27,7 @@ from offload_moe.store.journal import check_target
 from offload_moe.store.manifest import MergedAdapter
 from offload_moe.store.manifest_json import manifest_to_json
 from offload_moe.store.writer import Payload, StoreWriter
-from offload_moe.system.names import DOWNLOAD, hub_name, split_gguf_name
+from offload_moe.system.names import DOWNLOAD, hub_name
 from offload_moe.system.paths import user_path
 from offload_moe.system.progress import Progress, log_notice, silent
 
@@ -91,10 +88,9 @@ def quantize(
     target = Path(store)
     check_target(target)
     lora = None if adapter is None else Adapter(user_path(adapter))
-    if split_gguf_name(str(source)) is not None and not Path(source).exists():
-        progress(f"Downloading {source}")
-        source, revision = download_gguf(str(source), revision=revision, token=token), None
-    gguf = _parts_of(source, codec, dense_codec, has_adapter=lora is not None)
+    gguf, commit = local_gguf(source, revision=revision, token=token, progress=progress)
+    if gguf and codec is None:
+        _check_keeps_bits(dense_codec, has_adapter=lora is not None)
     with ExitStack() as stack:
         download = None
         if delete_source_shards:
@@ -102,7 +98,7 @@ def quantize(
             stack.callback(download.close)
             origin = Source(folder=download.folder, name=str(source), revision=download.commit)
         elif gguf:
-            origin = _small_files_of(gguf, source, stack)
+            origin = small_files_of(gguf, str(source), commit, stack)
         else:
             beside = None if lora is None else lora.folder
             origin = resolve_source(source, revision=revision, token=token, follow_links=follow_links, adapter=beside)
@@ -146,26 +142,15 @@ def quantize(
     return target
 
 
-def _parts_of(source: str | Path, codec: str | None, dense_codec: str, *, has_adapter: bool) -> tuple[Path, ...]:
-    """The parts of a source that is a GGUF file; none of another source. Raises: ConfigError, CheckpointError."""
-    path = user_path(source)
-    if not is_gguf(path):
-        return ()
-    if codec is None and dense_codec != LOSSLESS:
+def _check_keeps_bits(dense_codec: str, *, has_adapter: bool) -> None:
+    """Raises: ConfigError for what the bits of a GGUF file cannot be kept with."""
+    if dense_codec != LOSSLESS:
         raise ConfigError(
             f"A GGUF file keeps the types of all its matrices. Leave --dense-codec {dense_codec} out, or choose a "
             "--codec as well, to quantize everything anew."
         )
-    if codec is None and has_adapter:
+    if has_adapter:
         raise ConfigError("A GGUF file keeps the bits of its matrices. Choose a --codec to merge an adapter.")
-    return parts_beside(path.absolute())
-
-
-def _small_files_of(gguf: tuple[Path, ...], source: str | Path, stack: ExitStack) -> Source:
-    """A temporary folder with the config and the tokenizer of GGUF files."""
-    folder = Path(stack.enter_context(TemporaryDirectory()))
-    write_small_files(gguf, folder)
-    return Source(folder=folder, name=str(source), revision=None)
 
 
 def _begin_download(

@@ -3,21 +3,27 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
-from offload_moe.checkpoint.source import looks_like_hub_id, metadata_files, resolve_source
-from offload_moe.convert.jobs import plan_conversion
+from offload_moe.checkpoint.gguf_split import is_gguf
+from offload_moe.checkpoint.source import metadata_files, resolve_source
+from offload_moe.convert.gguf import plan_same_bits
+from offload_moe.convert.gguf_source import local_gguf, small_files_of
+from offload_moe.convert.jobs import Job, plan_conversion
 from offload_moe.errors import ConfigError, StoreError
 from offload_moe.native.kernels import crc32
 from offload_moe.quant import get_codec
 from offload_moe.store import Piece, Store, durable
+from offload_moe.store.in_place import GGUF
 from offload_moe.store.manifest_json import read_manifest
 from offload_moe.store.plan import Blob, header_of
 from offload_moe.store.reading import forget_cached
 from offload_moe.store.writer import Payload
+from offload_moe.system.names import looks_like_hub_id, split_gguf_name
 from offload_moe.system.paths import user_path
 from offload_moe.system.progress import Progress, silent
 
@@ -84,7 +90,8 @@ def repair(
 
     A piece is written only when its new bytes have the checksum on record.
 
-    source: checkpoint folder or hub id; None takes the hub id and revision in the manifest.
+    source: checkpoint folder, GGUF file or hub id; None takes the hub id and revision in the manifest, or the GGUF
+        file that it names.
     follow_links: see `quantize`.
 
     Raises:
@@ -93,11 +100,16 @@ def repair(
         TransferError, BudgetError: writing failed.
     """
     name, revision = _origin(store, source)
-    merged = None if store.adapter is None else user_path(name)  # which may lie beside the weights
-    origin = resolve_source(name, revision=revision, token=token, follow_links=follow_links, adapter=merged)
+    gguf, commit = local_gguf(name, revision=revision, token=token, progress=progress)
     remaining = []
     total, done = sum(damage.piece.place.num_bytes for damage in damages), 0
-    with Checkpoint(origin.folder) as checkpoint:
+    with ExitStack() as stack:
+        if gguf:
+            origin = small_files_of(gguf, str(name), commit, stack)
+        else:
+            merged = None if store.adapter is None else user_path(name)  # which may lie beside the weights
+            origin = resolve_source(name, revision=revision, token=token, follow_links=follow_links, adapter=merged)
+        checkpoint = stack.enter_context(Checkpoint(origin.folder, gguf=gguf))
         payloads = dict(_payloads(store, checkpoint))
         for damage in damages:
             place = damage.piece.place
@@ -115,19 +127,36 @@ def repair(
 def _origin(store: Store, source: str | Path | None) -> tuple[str | Path, str | None]:
     if source is not None:
         return source, store.revision if source == store.source else None
-    if not looks_like_hub_id(store.source):
+    if not has_known_source(store):
+        kind = "file" if store.source.endswith(".gguf") else "folder"
         raise ConfigError(
-            f"{store.path} was made from a folder named {store.source}, path unknown. Name it with --source."
+            f"{store.path} was made from a {kind} named {store.source}, which is not there. Name it with --source."
         )
     return store.source, store.revision
 
 
+def has_known_source(store: Store) -> bool:
+    """Whether the checkpoint is found by its name in the manifest: on the hub, or a GGUF file that is still there."""
+    source = store.source
+    return looks_like_hub_id(source) or split_gguf_name(source) is not None or is_gguf(user_path(source))
+
+
+def _jobs(store: Store, checkpoint: Checkpoint) -> list[Job]:
+    """Raises: ConfigError where the store has the bits of a GGUF file, and the source is none."""
+    if store.codec != GGUF:
+        codecs = get_codec(store.codec), get_codec(store.dense_codec)
+        return plan_conversion(checkpoint, *codecs, scales=store.scales, order_of=store.order_of)[1]
+    if checkpoint.gguf is None:
+        raise ConfigError(
+            f"{store.path} has the bits of a GGUF file, named {store.source}. Name that file with --source."
+        )
+    return plan_same_bits(checkpoint)[1]
+
+
 def _payloads(store: Store, checkpoint: Checkpoint) -> Iterator[tuple[tuple[Path, int, int], _Payload]]:
     """(file, offset, length) of every piece that this checkpoint can make, with its job."""
-    codecs = get_codec(store.codec), get_codec(store.dense_codec)
-    _, jobs = plan_conversion(checkpoint, *codecs, scales=store.scales, order_of=store.order_of)
     blobs: dict[Path, list[tuple[int, Blob]]] = {}
-    for job in jobs:
+    for job in _jobs(store, checkpoint):
         if (found := store.place_of(job.blob.name)) is not None:
             path, offset, num_bytes = found
             blobs.setdefault(path, []).append((offset, job.blob))

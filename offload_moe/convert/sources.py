@@ -57,7 +57,7 @@ def ensure_store(
     source, revision = hub_name(source, revision)
     if split_gguf_name(str(source)) is not None and not resolve(source).exists():
         progress(f"Downloading {source}")
-        source = download_gguf(str(source), revision=revision, token=token)
+        source, _ = download_gguf(str(source), revision=revision, token=token)
         revision = None
     folder = resolve(source)
     if is_store(folder):

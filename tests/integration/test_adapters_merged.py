@@ -1,6 +1,8 @@
 """`quantize --adapter`: a store of base weights and a LoRA adapter is that of the merged checkpoint."""
 
+import gc
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -214,6 +216,21 @@ def test_modules_of_other_ranks_are_scaled_by_theirs(base: Path, tmp_path: Path)
         change = adapter.pairs[f"{module}.weight"].added(torch.zeros(len(up), down.shape[1]), 0)
         torch.testing.assert_close(change, scale * (up @ down))
         assert change.any()
+
+
+def test_matrices_stay_in_the_file_until_they_are_needed(base: Path, tmp_path: Path) -> None:
+    tensors = matrices(base)
+    folder = write_adapter(tmp_path / "adapter", tensors)
+    before = [each for each in gc.get_objects() if type(each) is Tensor]
+    adapter = Adapter(folder)
+    assert len([each for each in gc.get_objects() if type(each) is Tensor]) == len(before)
+    save_file({name: value * 2 for name, value in tensors.items()}, folder / "adapter_model.safetensors")
+    up, down = (tensors[f"base_model.model.{Q}.lora_{half}.weight"] for half in "BA")
+    some = adapter.pairs[f"{Q}.weight"].added(torch.zeros(2, down.shape[1]), 3)
+    torch.testing.assert_close(some, 8 * (up[3:5] @ down))
+    os.truncate(folder / "adapter_model.safetensors", 500)
+    with pytest.raises(CheckpointError, match=r"truncated inside tensor base_model\..*"):
+        adapter.pairs[f"{Q}.weight"].added(torch.zeros(2, down.shape[1]), 3)
 
 
 def test_an_expression_that_takes_too_long(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

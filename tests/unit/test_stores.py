@@ -332,7 +332,7 @@ def test_verify_and_repair(cache: Path, made: tuple[Path, Path], capsys: pytest.
     flip(record.path, record.offset + 7)
     status, out, err = cli(capsys, "verify", "tiny-nf4")
     assert (status, out.partition(" (")[0]) == (1, "experts-00001.safetensors: expert 1 of layer 2")
-    assert err.endswith("add --repair --source FOLDER (the checkpoint, which was named model).\n")
+    assert err.endswith("add --repair --source SOURCE (the checkpoint, which was named model).\n")
     assert cli(capsys, "verify", "tiny-nf4", "--source", "x")[2].endswith("Add --repair.\n")
     status, out, err = cli(capsys, "verify", "tiny-nf4", "--repair", "--source", str(made[0]))
     assert (status, out.partition(" (")[0]) == (0, "repaired: experts-00001.safetensors: expert 1 of layer 2")
