@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from offload_moe.chat.choice import Found
 from offload_moe.chat.sharing import Member, Row, sharing_of
-from offload_moe.decode import roll_back, takes_rows
+from offload_moe.decode import keep_next, roll_back, takes_rows
 from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.speculate.speculation import speculation_of
 from offload_moe.speculate.speculator import PassCost, Speculator
@@ -109,6 +109,8 @@ class GuessedRows:
                 return logits
         guesses = self._guess(min(most, MAX_ROWS - self._num_new))
         num_misses, began = self._counters.num_absent, time.perf_counter()
+        if guesses:
+            keep_next(self._cache)
         rows = self._compute(self._num_new, guesses)
         seconds, num_misses = time.perf_counter() - began, self._counters.num_absent - num_misses
         self._note(PassCost(self._num_new + len(guesses), seconds, num_misses), is_plain=not guesses)

@@ -25,13 +25,14 @@ from offload_moe.decode.norm import fuse_layer_norms, fuse_norms
 from offload_moe.decode.plan import Planned, plan_pass
 from offload_moe.decode.report import DENSE, LayerPath, layer_paths, tell_reasons
 from offload_moe.decode.router import shorten_routers
-from offload_moe.decode.rows import next_logits, roll_back, takes_rows, takes_several, why_no_rows
+from offload_moe.decode.rows import keep_next, next_logits, roll_back, takes_rows, takes_several, why_no_rows
 from offload_moe.decode.shorten import shorten_attention
 from offload_moe.residency.hierarchy import Hierarchy
 
 __all__ = [
     "FastPath",
     "LayerPath",
+    "keep_next",
     "make_fast",
     "make_room",
     "next_logits",

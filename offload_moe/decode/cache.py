@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from offload_moe.decode.states import StatesLayer
 from offload_moe.native.kernels import Room, tokens_apart
 
 GROWTH = 1.25
@@ -315,6 +316,7 @@ class RoomySlidingLayer(InRoom, DynamicSlidingWindowLayer):
 
 
 ROOMY = (RoomyLayer, RoomySlidingLayer)
+GOING_BACK = (*ROOMY, StatesLayer)  # layers whose last pass can be taken back
 
 
 def begin(cache: Any, index: int, keys: Tensor, values: Tensor) -> None:
@@ -332,7 +334,8 @@ def begin(cache: Any, index: int, keys: Tensor, values: Tensor) -> None:
 
 
 def give_room(cache: Cache, context: int | None = None, kept: torch.dtype | None = None) -> None:
-    """Let every plain growing or sliding layer of a cache, and growing ones that it will add, grow in place.
+    """Let every plain growing or sliding layer of a cache, and growing ones that it will add, grow in place, and every
+    plain layer of states go back.
 
     context, kept: as of `RoomyLayer`.
     """
@@ -341,6 +344,8 @@ def give_room(cache: Cache, context: int | None = None, kept: torch.dtype | None
             cache.layers[index] = RoomyLayer.of(layer, context, kept)
         elif type(layer) is DynamicSlidingWindowLayer:
             cache.layers[index] = RoomySlidingLayer.of(layer, kept)
+        elif type(layer) is LinearAttentionLayer:
+            cache.layers[index] = StatesLayer.of(layer)
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = partial(RoomyLayer, context, kept)
 

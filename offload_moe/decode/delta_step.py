@@ -9,13 +9,14 @@ from transformers import Cache
 from offload_moe.decode.delta import DeltaForward, empty_cache, projection_names
 from offload_moe.decode.dense import QuantLinear
 from offload_moe.decode.probe import Uncovered, answer, probes
+from offload_moe.decode.states import StatesLayer
 from offload_moe.decode.step import is_fp32
 from offload_moe.errors import ConfigError
 from offload_moe.native import kernels
 
 
 class DeltaStep:
-    """One token of one sequence, which moves the states in its layer of a cache on: nothing takes it back."""
+    """Tokens of one sequence, which move the states in its layer of a cache on."""
 
     takes_prompts = False
 
@@ -24,12 +25,15 @@ class DeltaStep:
         self._module, self._forward = module, forward
 
     def takes(self, cache: Any, window: int | None, num_tokens: int) -> bool:
-        """Whether the cache has states behind which it can take the next token."""
-        return num_tokens == 1 and self._forward.states(cache) is not None
+        """Whether the cache has states behind which it can take the next tokens."""
+        return self._forward.states(cache) is not None
 
     def places(self, cache: Any, num_tokens: int = 1) -> list[int]:
         """The fields of `rooms_array`."""
-        return kernels.state_room(self.kept(cache))
+        layer = cache.layers[self._module.layer_idx]
+        if isinstance(layer, StatesLayer):
+            return layer.places(num_tokens)
+        return kernels.state_places(*self.kept(cache), [(0, 0)] * num_tokens)
 
     def begin(self, cache: Any) -> None:
         """States come with a prompt, which its module takes."""

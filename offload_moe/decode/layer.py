@@ -74,19 +74,19 @@ class RowsStep:
     def trim(self, attention: Step) -> None:
         """Let the caches of a prompt give back what it alone needed of one layer."""
         if self.are_many:
-            for cache, _ in self._sequences:
+            for cache, _ in self.sequences:
                 attention.trim(cache)
 
     def places(self, attentions: Iterable[Step]) -> "array[int]":
         """The fields of `rooms_array` of each row in some layers, whose caches count the rows from now on."""
         fields: list[int] = []
         for attention in attentions:
-            for cache, num_rows in self._sequences:
+            for cache, num_rows in self.sequences:
                 fields += attention.places(cache, num_rows)
         return array("q", fields)
 
     @cached_property
-    def _sequences(self) -> list[tuple[Any, int]]:
+    def sequences(self) -> list[tuple[Any, int]]:
         """Each cache, and how many rows it has."""
         if len(self.caches) == 1:
             return [(self.caches[0], 1)]

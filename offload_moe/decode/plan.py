@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import LinearAttentionLayer
 
 from offload_moe.decode.cache import RoomyLayer
 from offload_moe.decode.hooks import Bypass
@@ -20,6 +19,7 @@ from offload_moe.decode.layer import NativeLayer, RowsStep, check_layer
 from offload_moe.decode.probe import Uncovered, structure
 from offload_moe.decode.report import DENSE, LayerPath, has_experts
 from offload_moe.decode.span import LayerSpan, span_kind
+from offload_moe.decode.states import StatesLayer
 from offload_moe.decode.wiring import Wiring, wiring_of
 from offload_moe.families.layer_spec import LayerSpec
 from offload_moe.families.read_layer import layer_spec
@@ -41,7 +41,7 @@ class Stage(Protocol):
 class ModuleLayer:
     """A layer that is called as a module, without a mask: its cache, which grows, holds all that it sees.
 
-    Row by row: more rows may change the bits of each. Behind a cache of states one: it cannot be taken back.
+    Row by row: more rows may change the bits of each.
     """
 
     def __init__(self, layer: Any, index: int) -> None:
@@ -49,13 +49,18 @@ class ModuleLayer:
 
     def fits(self, cache: Any, num_tokens: int = 1) -> bool:
         layer = cache.layers[self._index] if self._index < len(cache.layers) else None
-        return type(layer) is RoomyLayer or (type(layer) is LinearAttentionLayer and num_tokens == 1)
+        return type(layer) is RoomyLayer or (type(layer) is StatesLayer and (num_tokens == 1 or layer.goes_back))
 
     def __call__(self, x: Tensor, step: RowsStep) -> Tensor:
-        if step.num_rows == 1:
-            return self._call(x, step)
-        rows = zip(x.split(1, dim=1), step.rows, strict=True)
-        return torch.cat([self._call(*row) for row in rows], dim=1)
+        rows = zip(x.split(1, dim=1), step.rows, self._moves(step), strict=True)
+        outs = [self._call(row, alone) for row, alone, _ in rows]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+    def _moves(self, step: RowsStep) -> Iterator[None]:
+        """An item before each row is computed."""
+        for cache, num_rows in step.sequences:
+            layer = cache.layers[self._index]
+            yield from layer.rows(num_rows) if isinstance(layer, StatesLayer) else [None] * num_rows
 
     def _call(self, x: Tensor, step: RowsStep) -> Tensor:
         result = self._layer(

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from offload_moe.decode.cache import ROOMY
+from offload_moe.decode.cache import GOING_BACK
 from offload_moe.decode.dense import QuantLinear
 from offload_moe.decode.forward import DecoderForward, Seam, SeveralCaches
 from offload_moe.decode.rotation import rotation_keeper
-from offload_moe.families.read_layer import layer_spec
+from offload_moe.decode.states import StatesLayer
 
 
 def why_no_rows(hf: PreTrainedModel) -> str:
@@ -22,8 +22,6 @@ def why_no_rows(hf: PreTrainedModel) -> str:
     forward = _forward_of(hf)
     if forward is None:
         return "no layer of this model takes the fast path"
-    if _has_states(hf):
-        return "no token can be taken back from the states of this model's linear attention"
     if rotation_keeper(hf) is not None:
         return "this model rotates keys by the length of the sequence"
     if forward.token_pass is not None:
@@ -37,9 +35,9 @@ def why_no_rows(hf: PreTrainedModel) -> str:
 def takes_rows(hf: PreTrainedModel, cache: Any, num_tokens: int) -> bool:
     """Whether so many next tokens can be passed at once behind this cache; where `why_no_rows` is empty."""
     forward = _forward_of(hf)
-    return (
-        forward is not None and all(type(layer) in ROOMY for layer in cache.layers) and forward.takes(cache, num_tokens)
-    )
+    if forward is None or not all(type(layer) in GOING_BACK for layer in cache.layers):
+        return False
+    return forward.takes(cache, num_tokens)
 
 
 def takes_several(hf: PreTrainedModel) -> bool:
@@ -47,9 +45,16 @@ def takes_several(hf: PreTrainedModel) -> bool:
     return isinstance(_forward_of(hf), DecoderForward)
 
 
+def keep_next(cache: Cache) -> None:
+    """The last tokens of the next pass may be taken back; where `takes_rows`."""
+    for layer in cache.layers:
+        if isinstance(layer, StatesLayer):
+            layer.keep_next()
+
+
 @torch.inference_mode()
 def roll_back(cache: Cache, num_tokens: int) -> None:
-    """Take back the last tokens of the last pass, for which `takes_rows` was true."""
+    """Take back the last tokens of the last pass, before which there was a `keep_next`."""
     for layer in cache.layers:
         layer.roll_back(num_tokens)
 
@@ -62,7 +67,9 @@ def next_logits(hf: PreTrainedModel, tokens: Sequence[int], caches: Sequence[Cac
     where `takes_several`. After an error they are as before. Raises: UnsupportedModelError, and what a forward of one
     token raises.
     """
-    lengths = [[layer.get_seq_length() for layer in cache.layers] for cache in caches]
+    lengths = [[_length(layer) for layer in cache.layers] for cache in caches]
+    for cache in caches:
+        keep_next(cache)
     several: Any = SeveralCaches(caches)
     try:
         logits: Tensor = hf(torch.tensor([tokens]), past_key_values=several, use_cache=True, return_dict=True).logits
@@ -76,13 +83,14 @@ def next_logits(hf: PreTrainedModel, tokens: Sequence[int], caches: Sequence[Cac
 def _shorten(cache: Cache, lengths: Sequence[int]) -> None:
     """Take back what a pass that was not completed has counted in some layers."""
     for layer, length in zip(cache.layers, lengths, strict=True):
-        if excess := layer.get_seq_length() - length:
+        if excess := _length(layer) - length:
             layer.roll_back(excess)
 
 
-def _has_states(hf: PreTrainedModel) -> bool:
-    specs = (layer_spec(layer) for layer in hf.get_decoder().layers)
-    return any(spec is not None and spec.attention.delta is not None for spec in specs)
+def _length(layer: Any) -> int:
+    """Tokens that a layer of a cache has counted."""
+    length: int = layer.num_passed if isinstance(layer, StatesLayer) else layer.get_seq_length()
+    return length
 
 
 def _forward_of(hf: PreTrainedModel) -> Seam | None:

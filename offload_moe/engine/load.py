@@ -3,7 +3,7 @@
 import gc
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -28,7 +28,8 @@ from offload_moe.errors import ConfigError
 from offload_moe.experts.arithmetic import keeps_eagers_bits
 from offload_moe.memory.copier import AcceleratorCopier, compute_device
 from offload_moe.memory.unused_card import notice_of_unused_card
-from offload_moe.native.kernels import use_torch_after_fork
+from offload_moe.native.kernels import MAX_ROWS, use_torch_after_fork
+from offload_moe.plan.attention import with_earlier_states
 from offload_moe.plan.budget import forget_peak, give_back_freed_memory
 from offload_moe.plan.fit import fit, measure_load, notices_of_budget, summary
 from offload_moe.plan.machine import compute_dtype
@@ -184,6 +185,9 @@ def _plan(store: Store, options: LoadOptions, device: torch.device, draft: Draft
     )
     # Elsewhere no tokens are guessed.
     takes_guesses = device.type == "cpu" and dtype == torch.float32 and options.fast_path and not keeps_bits
+    if takes_guesses:  # one state where passes are shared, of which the last token is taken back
+        number = 1 if options.speculate == "off" else MAX_ROWS
+        shape = replace(shape, attention=with_earlier_states(shape.attention, number))
     mtp = find_module(store, options, dtype) if takes_guesses or options.speculate == "mtp" else None
     if mtp is not None and takes_guesses:
         mtp, shape, placement = place_mtp(shape, mtp, options, place)

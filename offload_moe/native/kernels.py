@@ -33,7 +33,7 @@ from offload_moe.native.experts import ExpertKernel, add_rows
 from offload_moe.native.latent import LatentKernel
 from offload_moe.native.layer import LayerKernel
 from offload_moe.native.linear import LinearKernel
-from offload_moe.native.linear_attention import LinearAttentionKernel, state_room
+from offload_moe.native.linear_attention import LinearAttentionKernel, state_places
 from offload_moe.native.mlp import MlpKernel
 from offload_moe.native.panels import PanelOrder, Repacking, panel_order
 from offload_moe.native.planes import not_in_panels_reason, not_in_rows_reason, shares_inputs, unsupported_reason
@@ -110,7 +110,7 @@ __all__ = [
     "select_instruction_set",
     "set_threads",
     "shares_inputs",
-    "state_room",
+    "state_places",
     "tokens_apart",
     "unsupported_reason",
     "use_torch_after_fork",

@@ -2,7 +2,7 @@
 
 import ctypes
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -15,15 +15,19 @@ from offload_moe.native.structs import LinearAttentionStruct, MatrixStruct
 States = tuple[Tensor, Tensor]  # the inputs of a convolution [N, taps], and a rule's state [H, K, V]
 
 
-def state_room(states: States) -> list[int]:
-    """The fields of an `om_room`."""
-    return [states[0].data_ptr(), states[1].data_ptr(), 0, 0]
+def state_places(inputs: Tensor, state: Tensor, moves: Iterable[tuple[int, int]]) -> list[int]:
+    """The fields of the `om_room` of some rows of a sequence.
+
+    inputs, state: States, or several of each. moves: of each row, which of them it reads and which it leaves.
+    """
+    addresses = inputs.data_ptr(), state.data_ptr()
+    return [field for move in moves for field in (*addresses, *move)]
 
 
 class LinearAttentionKernel:
     """Projections, a gated delta rule and the output projection of some tokens, in fp32.
 
-    Each row's bits are those of a call of it alone. T rows, each of a sequence of its own; others as in `DeltaKernel`.
+    Each row's bits are those of a call of it alone. T rows; others as in `DeltaKernel`.
     """
 
     def __init__(self, rule: DeltaKernel, inputs: Sequence[Linear], output: Linear) -> None:
@@ -50,9 +54,9 @@ class LinearAttentionKernel:
     def step(self, x: Tensor, states: Sequence[States], out: Tensor) -> None:
         """x ``[T, hidden]`` -> out ``[T, hidden]``, fp32, contiguous; not checked.
 
-        states: of each row, which are moved on. Raises: MemoryError.
+        states: of the sequence of each row, which are moved on. Raises: MemoryError.
         """
-        rooms = array("q", (field for each in states for field in state_room(each)))
+        rooms = array("q", (field for each in states for field in state_places(*each, [(0, 0)])))
         address = rooms.buffer_info()[0]
         if self._native(self.struct_address, x.data_ptr(), address, len(states), out.data_ptr()):
             raise MemoryError("No memory for the projections of linear attention.")

@@ -1,12 +1,13 @@
 """The cache of attention per token and layer, derived from the modules and transformers' choice of cache layers."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from offload_moe.families.layer_spec import AttentionSpec
+from offload_moe.families.layer_spec import AttentionSpec, LayerSpec
 from offload_moe.families.limits import attention_limits, order_limits
 from offload_moe.families.read_layer import layer_spec
 from offload_moe.native.attention import HEAD_DIM_STEP
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
 class CacheLayer:
     """Elements one layer's cache holds: `per_token` for the last `window` tokens (None: all), and a fixed state.
 
-    is_complete: False if the layer also keeps a state of unknown size. is_plain: it keeps keys and values, or latents,
-    and nothing else.
+    earlier: elements of earlier states that it keeps, too. is_complete: False if it keeps a state of unknown size
+    beside that. is_plain: it keeps keys and values, or latents, and nothing else.
     """
 
     per_token: int = 0
     window: int | None = None
     fixed: int = 0
+    earlier: int = 0
     is_complete: bool = True
     is_plain: bool = False
 
@@ -35,12 +37,14 @@ class CacheLayer:
 class AttentionShape:
     """The cache of all layers, and the working memory of each kind of attention.
 
-    is_native: whether native calls compute the attention of prompts, over a cache that is kept in bf16.
+    is_native: whether native calls compute the attention of prompts, over a cache that is kept in bf16. takes_rows:
+    whether a pass may have several tokens of which the last are taken back.
     """
 
     cache_layers: tuple[CacheLayer, ...]
     works: tuple[AttentionWork, ...]
     is_native: bool = False
+    takes_rows: bool = False
 
     @property
     def keeps_all_tokens(self) -> bool:
@@ -65,6 +69,7 @@ def describe_attention(model: "PreTrainedModel", *, is_fast_path: bool) -> Atten
     from offload_moe.decode.latent import find_latents
 
     modules = _modules_by_layer(model)
+    specs = [layer_spec(layer) for layer in getattr(model.get_decoder(), "layers", ())]
     is_absorbed = is_fast_path and bool(find_latents(model))
     works = {
         describe_work(module, is_absorbed=is_absorbed)
@@ -75,14 +80,21 @@ def describe_attention(model: "PreTrainedModel", *, is_fast_path: bool) -> Atten
     return AttentionShape(
         cache_layers=_cache_layers(model.config.get_text_config(decoder=True), modules),
         works=tuple(works),
-        is_native=is_fast_path and _is_native(model),
+        is_native=is_fast_path and _are_native(specs),
+        takes_rows=is_fast_path and any(specs),
     )
 
 
-def _is_native(model: "PreTrainedModel") -> bool:
-    """Whether every layer of the decoder is declared, and has parts and sizes that the kernels compute of prompts."""
-    layers = list(getattr(model.get_decoder(), "layers", ()))
-    specs = [layer_spec(layer) for layer in layers]
+def with_earlier_states(shape: AttentionShape, number: int) -> AttentionShape:
+    """The shape of caches that keep so many earlier states of linear attention, so that tokens can be taken back."""
+    if not shape.takes_rows:
+        return shape
+    layers = (replace(layer, earlier=number * layer.fixed) for layer in shape.cache_layers)
+    return replace(shape, cache_layers=tuple(layers))
+
+
+def _are_native(specs: Sequence[LayerSpec | None]) -> bool:
+    """Whether every layer of a decoder is declared, and has parts and sizes that the kernels compute of prompts."""
     return bool(specs) and all(
         spec is not None
         and spec.attention.delta is None

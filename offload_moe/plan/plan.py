@@ -8,7 +8,9 @@ import torch
 
 from offload_moe.convert.jobs import LOSSLESS
 from offload_moe.errors import ConfigError
+from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.plan.advice import Change, Shortfall, best_changes, find_shortfalls
+from offload_moe.plan.attention import with_earlier_states
 from offload_moe.plan.machine import Machine
 from offload_moe.plan.mtp import MtpCost, mtp_cost
 from offload_moe.plan.outlook import Outlook, Task, look_ahead
@@ -98,6 +100,8 @@ def make_plan(
     shape = describe_model(source.config, is_fast_path=_takes_fast_path(codec, machine), dense_names=source.dense_names)
     shape = with_narrow_embeddings(shape, lambda weight: weight.dtype == torch.bfloat16)
     check_context(context, shape)
+    if not machine.has_device:
+        shape = replace(shape, attention=with_earlier_states(shape.attention, MAX_ROWS))
     settings = Settings(
         codec=codec,
         context=context,

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from offload_moe.plan.attention import with_earlier_states
 from offload_moe.plan.card_pass import NODES_OF_ENDS, PassShape
 from offload_moe.plan.hit_rates import CURVES, QUEUED_CURVES, STEPWISE_CURVES, HitCurve
 from offload_moe.plan.machine import Machine
@@ -179,10 +180,11 @@ def run_costs(shape: ModelShape, machine: Machine, settings: Settings, placement
     rates, num_layers = machine.rates, len(shape.layers)
     memory, flops = (rates.vram, rates.device_flops) if machine.has_device else (rates.ram, rates.cpu_flops)
     num_routed = _num_top_k(shape)
+    read = replace(shape, attention=with_earlier_states(shape.attention, 0))
     read_bytes = (
         dense_memory_bytes(shape, placement.dense_codec, machine.dtype, stored=settings.stored_dense_codec)
         - shape.lookup_elements * machine.dtype.itemsize
-        + cache_bytes(shape, placement.context, machine.dtype, kept=placement.cache_dtype)
+        + cache_bytes(read, placement.context, machine.dtype, kept=placement.cache_dtype)
     )
     is_ridden = takes_token_passes(shape, machine)
     layer_s = rates.pass_layer_s if is_ridden else rates.layer_s

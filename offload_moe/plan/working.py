@@ -23,7 +23,8 @@ def cache_bytes(shape: ModelShape, context: int, dtype: torch.dtype, *, kept: to
     total = 0
     for layer in shape.attention.cache_layers:
         each = kept if kept is not None and layer.is_plain else dtype
-        total += layer.per_token * min(context, layer.window or context) * each.itemsize + layer.fixed * dtype.itemsize
+        total += layer.per_token * min(context, layer.window or context) * each.itemsize
+        total += (layer.fixed + layer.earlier) * dtype.itemsize
     return total
 
 

@@ -1,5 +1,6 @@
 """Models with linear attention by gated delta rules decode natively where the store is quantized."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,19 +12,24 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from support.models import open_model
 from support.tiny_models import tiny_model, tiny_prompt
+from torch import Tensor
 from transformers import DynamicCache
 
+from offload_moe import load
 from offload_moe.card.model import why_not
 from offload_moe.convert.quantize import quantize
-from offload_moe.decode import pass_rows, takes_rows, why_no_rows
+from offload_moe.decode import keep_next, next_logits, pass_rows, roll_back, takes_rows, why_no_rows
 from offload_moe.decode.delta import DeltaForward, fuse_delta_rules
 from offload_moe.decode.delta_step import delta_step
 from offload_moe.decode.dense import QuantLinear
 from offload_moe.decode.plan import PassPlan
 from offload_moe.decode.probe import Uncovered
 from offload_moe.decode.span import LayerSpan
+from offload_moe.errors import TransferError
+from offload_moe.native.kernels import MAX_ROWS
+from offload_moe.plan import Machine, make_plan
 from tests.integration.test_card_pass import logits
-from tests.support.passes import rows_of_calls
+from tests.support.passes import contents, rows_of_calls
 
 FAMILIES = ("qwen3_next", "qwen3_5_moe_text")
 SIZES: dict[str, Any] = {
@@ -100,6 +106,10 @@ def test_few_slots_change_no_bit(family: str, num_slots: int, stores: dict[str, 
     assert torch.equal(*found)
 
 
+def states_of(layer: Any) -> list[Tensor]:
+    return [layer.conv_states[0], layer.recurrent_states[0]]
+
+
 @torch.inference_mode()
 def after_prompt(hf: Any, length: int = 9, batch: int = 1) -> Any:
     ids, mask = tiny_prompt(batch, length)
@@ -109,7 +119,7 @@ def after_prompt(hf: Any, length: int = 9, batch: int = 1) -> Any:
 
 
 def test_calls_that_states_do_not_allow_take_the_modules(stores: dict[str, Path], passes: list[int]) -> None:
-    """Several tokens, a batch, a first token, states that are recorded."""
+    """Of a prompt, of a batch, a first token, states that are recorded."""
     found = []
     for fast_path in (True, False):
         with open_model(stores["qwen3_next"], fast_path=fast_path) as model, torch.inference_mode():
@@ -117,7 +127,7 @@ def test_calls_that_states_do_not_allow_take_the_modules(stores: dict[str, Path]
             recorded = after_prompt(hf)
             recorded.activate_past_recording()
             calls = [
-                (torch.tensor([[5, 6, 7]]), after_prompt(hf)),
+                (torch.tensor([[5, 6, 7] * 3]), after_prompt(hf)),
                 (torch.tensor([[5], [6]]), after_prompt(hf, batch=2)),
                 (torch.tensor([[5]]), DynamicCache(config=hf.config)),
                 (torch.tensor([[5]]), recorded),
@@ -132,9 +142,7 @@ def test_calls_that_states_do_not_allow_take_the_modules(stores: dict[str, Path]
         assert (got - expected).norm() <= 1e-2 * expected.norm()
 
 
-def test_tokens_of_several_sequences_pass_together_and_none_is_taken_back(
-    stores: dict[str, Path], passes: list[int]
-) -> None:
+def test_tokens_of_several_sequences_pass_together(stores: dict[str, Path], passes: list[int]) -> None:
     with open_model(stores["qwen3_next"]) as model, torch.inference_mode():
         hf = model.hf
         lengths = (4, 9, 6)
@@ -147,9 +155,88 @@ def test_tokens_of_several_sequences_pass_together_and_none_is_taken_back(
             alone = decoder(input_ids=token[None], past_key_values=cache, use_cache=True).last_hidden_state
             assert torch.equal(row, alone[0, 0])
         assert passes == [3, 1, 1, 1]
-        assert pass_rows(hf, [(torch.tensor([5, 6]), caches[0])]) is None
-        assert not takes_rows(hf, caches[0], 1)
-        assert "taken back" in why_no_rows(hf)
+
+
+def test_a_shared_pass_that_fails_moves_no_state_on(
+    stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch, passes: list[int]
+) -> None:
+    tokens, call = [5, 6, 7], PassPlan.__call__
+
+    def fail_at_the_end(self: PassPlan, *args: Any) -> None:
+        call(self, *args)
+        raise TransferError("an expert cannot be read")
+
+    with open_model(stores["qwen3_next"]) as model, torch.inference_mode():
+        hf = model.hf
+        caches, others = ([after_prompt(hf, length) for length in (4, 9, 6)] for _ in range(2))
+        before = [contents(cache) for cache in caches]
+        for is_failing in (True, False, True):
+            with monkeypatch.context() as patch:
+                if is_failing:
+                    patch.setattr(PassPlan, "__call__", fail_at_the_end)
+                    with pytest.raises(TransferError):
+                        next_logits(hf, tokens, caches)
+                else:
+                    got = next_logits(hf, tokens, caches)
+                    expected = [
+                        hf(torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits[0, 0]
+                        for token, cache in zip(tokens, others, strict=True)
+                    ]
+                    assert torch.equal(got, torch.stack(expected))
+                    before = [contents(cache) for cache in others]
+            for cache, theirs in zip(caches, before, strict=True):
+                for mine, each in zip(contents(cache), theirs, strict=True):
+                    assert all(map(torch.equal, mine, each))
+
+
+def test_tokens_of_a_sequence_pass_in_place(stores: dict[str, Path], passes: list[int]) -> None:
+    """Of a short message, say, of which none is taken back: the memory of the states is what it was."""
+    with open_model(stores["qwen3_next"]) as model, torch.inference_mode():
+        hf, ids = model.hf, torch.tensor([[5, 6, 7, 5, 9]])
+        together, alone = after_prompt(hf), after_prompt(hf)
+        places = [part.data_ptr() for layer in together.layers[:3] for part in states_of(layer)]
+        got = hf(ids, past_key_values=together, use_cache=True).logits[0]
+        expected = torch.cat([hf(each, past_key_values=alone, use_cache=True).logits[0] for each in ids.split(1, 1)])
+        assert torch.equal(got, expected)
+        assert passes == [5] + [1] * 5
+        assert [part.data_ptr() for layer in together.layers[:3] for part in states_of(layer)] == places
+        for mine, theirs in zip(contents(together), contents(alone), strict=True):
+            assert all(map(torch.equal, mine, theirs))
+
+
+def test_the_plan_counts_the_states_that_passes_keep(stores: dict[str, Path]) -> None:
+    """So many as a pass of eight rows keeps, or the one behind which a pass is shared."""
+    sizes: dict[str, Any] = {"context": 512, "ram": "2GiB"}
+    parts = []
+    for choice in ("off", "auto"):
+        with load(stores["qwen3_next"], speculate=choice, **sizes) as model, torch.inference_mode():
+            parts.append({part.name: part.num_bytes for part in model.placement.ram.fixed}["key/value cache"])
+            cache = after_prompt(model.hf)
+            keep_next(cache)
+            model.hf(torch.tensor([[5] * MAX_ROWS]), past_key_values=cache, use_cache=True)
+            present = sum(part.nbytes for layer in cache.layers[:3] for part in states_of(layer))
+            kept = sum(ring.nbytes for layer in cache.layers[:3] for ring in layer.rings)
+    assert kept == (MAX_ROWS + 1) * present
+    assert parts[1] - parts[0] == (MAX_ROWS - 1) * present
+    planned = make_plan(stores["qwen3_next"], Machine(ram_bytes=2 << 30), context=512)
+    assert {part.name: part.num_bytes for part in planned.placement.ram.fixed}["key/value cache"] == parts[1]
+
+
+def test_a_copied_cache_has_the_present_states_alone(stores: dict[str, Path]) -> None:
+    with open_model(stores["qwen3_next"]) as model, torch.inference_mode():
+        hf, cache = model.hf, after_prompt(model.hf)
+        assert not why_no_rows(hf)
+        assert takes_rows(hf, cache, 4)
+        keep_next(cache)
+        hf(torch.tensor([[5, 6, 7, 8]]), past_key_values=cache, use_cache=True)
+        roll_back(cache, 3)
+        twin = copy.deepcopy(cache)
+        for mine, theirs in zip(contents(twin), contents(cache), strict=True):
+            assert all(map(torch.equal, mine, theirs))
+        storages = [part.untyped_storage().nbytes() for layer in twin.layers[:3] for part in states_of(layer)]
+        assert storages == [part.nbytes for layer in cache.layers[:3] for part in states_of(layer)]
+        follow = [hf(torch.tensor([[9]]), past_key_values=each, use_cache=True).logits for each in (cache, twin)]
+        assert torch.equal(*follow)
 
 
 def test_linear_attention_without_a_kernel_is_called_as_a_module(

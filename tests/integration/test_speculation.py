@@ -24,7 +24,15 @@ from offload_moe.speculate.guess import MOST_GUESSES, Guess
 from offload_moe.speculate.speculation import speculation_of
 from offload_moe.speculate.speculator import Speculator
 from tests.support.chat import byte_tokenizer
+from tests.support.passes import contents
 
+LINEAR: dict[str, Any] = {
+    "head_dim": 32,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 STORES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {}),
     "qwen3_moe": ("qwen3_moe", {}),
@@ -32,6 +40,9 @@ STORES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("gpt_oss", {"sliding_window": 16}),  # windows and whole layers
     "deepseek_v3": ("deepseek_v3", {"qk_rope_head_dim": 16}),  # latents
     "glm4_moe": ("glm4_moe", {}),
+    "qwen3_next": ("qwen3_next", LINEAR),  # states
+    "qwen3_5_moe": ("qwen3_5_moe_text", LINEAR),
+    "qwen3_next, modules": ("qwen3_next", LINEAR | {"linear_key_head_dim": 8}),  # that no kernel takes
 }
 PROMPT = torch.tensor([[7, 9, 11, 5, 5, 60, 3, 42, 17]])
 PATTERNS = [(number, num_right) for number in range(1, MOST_GUESSES + 1) for num_right in range(number + 1)]
@@ -112,15 +123,10 @@ def stream_of(model: Model, source: Any = None, *, cache: Any = None, **settings
     )
 
 
-def contents(cache: DynamicCache) -> Contents:
-    return [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
-
-
 def check_cache(cache: DynamicCache, expected: Contents) -> None:
-    for layer, (keys, values) in zip(cache.layers, expected, strict=True):
-        assert keys.abs().max() > 1e-3
-        assert torch.equal(layer.keys, keys)
-        assert torch.equal(layer.values, values)
+    for mine, theirs in zip(contents(cache), expected, strict=True):
+        assert theirs[0].abs().max() > 1e-3
+        assert all(map(torch.equal, mine, theirs))
 
 
 def step_by_step(model: Model, **settings: Any) -> tuple[list[int], dict[int, Contents]]:
@@ -133,7 +139,9 @@ def step_by_step(model: Model, **settings: Any) -> tuple[list[int], dict[int, Co
 
 
 @pytest.mark.parametrize("settings", [{"repetition_penalty": 1.5}, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("name", STORES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * ("modules" in name)) for name in STORES]
+)
 def test_every_pattern_of_rejections(
     name: str, settings: dict[str, Any], stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

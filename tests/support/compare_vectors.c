@@ -138,10 +138,11 @@ enum { DELTA_DIM = 128, KEY_HEADS = 2, DELTA_HEADS = 3 * KEY_HEADS, TAPS = 4,
        CHANNELS = 2 * KEY_HEADS * DELTA_DIM + DELTA_HEADS * DELTA_DIM };
 
 typedef struct {
-    float inputs[CHANNELS * TAPS], state[DELTA_HEADS * DELTA_DIM * DELTA_DIM], out[DELTA_HEADS * DELTA_DIM];
+    float inputs[2][CHANNELS * TAPS], state[2][DELTA_HEADS * DELTA_DIM * DELTA_DIM], out[DELTA_HEADS * DELTA_DIM];
 } delta_results;
 
-/* Tokens one behind the other: many where the state is small, for the numbers that its heads fade by. */
+/* Tokens one behind the other, in place and from one place to the other: many where the state is small, for the numbers that its
+ * heads fade by. */
 static int compare_delta(const om_vector_set *set, om_delta layer) {
     static float mixed[CHANNELS], gates[DELTA_HEADS * DELTA_DIM], strengths[DELTA_HEADS], times[DELTA_HEADS];
     static delta_results results[2];
@@ -150,14 +151,18 @@ static int compare_delta(const om_vector_set *set, om_delta layer) {
     const om_delta_inputs projected = {.queries = mixed, .keys = mixed + keys, .values = mixed + 2 * keys, .gates = gates,
         .strengths = strengths, .times = times, .strides = {layer.key_dim, shared * layer.value_dim, shared * layer.value_dim, shared}};
     const int num_tokens = layer.value_dim == 16 ? 150 : 3;
-    int num_bad = 0;
+    int num_bad = 0, at = 0;
     memset(results, 0, sizeof results);
     for (int token = 0; token < num_tokens; token++) {
+        const int next = token % 3 == 0 ? at : !at;
         fill(mixed, CHANNELS), fill(gates, DELTA_HEADS * DELTA_DIM), fill(strengths, DELTA_HEADS);
         for (int h = 0; h < DELTA_HEADS; h++) times[h] = (h % 2 ? 12.0f : 2.0f) * noise(); /* also beyond both ends of the softplus */
-        for (int which = 0; which < 2; which++)
-            for (int64_t g = 0; g < KEY_HEADS; g++)
-                sets[which]->delta_heads(&layer, &projected, g, results[which].inputs, results[which].state, results[which].out);
+        for (int which = 0; which < 2; which++) {
+            delta_results *to = results + which;
+            const om_delta_states states = {to->inputs[at], to->state[at], to->inputs[next], to->state[next]};
+            for (int64_t g = 0; g < KEY_HEADS; g++) sets[which]->delta_heads(&layer, &projected, g, &states, to->out);
+        }
+        at = next;
         num_bad += differ("a step of a delta rule", results, results + 1, sizeof *results);
     }
     return num_bad > 0;

@@ -1,10 +1,12 @@
-"""Counts the rows of calls that take hidden states ``[1, T, H]``."""
+"""Counts the rows of calls that take hidden states ``[1, T, H]``; and what such passes leave in a cache."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import LinearAttentionLayer
 
 
 def rows_of_calls(
@@ -25,3 +27,14 @@ def rows_of_calls(
 
     monkeypatch.setattr(owner, name, counted)
     return calls
+
+
+def contents(cache: Cache) -> list[tuple[Tensor, Tensor]]:
+    """Of each layer copies of keys and values, or of the inputs of its convolution and its state."""
+    return [(first.clone(), second.clone()) for first, second in map(_kept, cache.layers)]
+
+
+def _kept(layer: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(layer, LinearAttentionLayer):
+        return layer.conv_states[0], layer.recurrent_states[0]
+    return layer.keys, layer.values

@@ -93,12 +93,15 @@ def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(kind: s
         assert all(torch.equal(got, first) for got, first in zip(each, found[0], strict=True))
 
 
-def moved_on(module: Any, xs: Tensor, num_rows: int) -> list[Tensor]:
-    """What the kernel of the module gives for a token of each of some sequences, so many at a time; their states."""
-    forward = DeltaForward(module)
+def kernel_of(module: Any) -> kernels.LinearAttentionKernel:
     parts = [getattr(module, name) for name in (*projection_names(module), "out_proj")]
     *inputs, output = (kernels.Linear.of_numbers(part.weight.detach()) for part in parts)
-    kernel = kernels.LinearAttentionKernel(forward.kernel, inputs, output)
+    return kernels.LinearAttentionKernel(DeltaForward(module).kernel, inputs, output)
+
+
+def moved_on(module: Any, xs: Tensor, num_rows: int) -> list[Tensor]:
+    """What the kernel of the module gives for a token of each of some sequences, so many at a time; their states."""
+    kernel = kernel_of(module)
     prompt = torch.randn(1, 7, 24, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
         caches = [states_of(cache_of(module, prompt + at, module.forward)) for at in range(len(xs))]
@@ -129,6 +132,27 @@ def test_rows_of_several_sequences_have_the_bits_of_each_alone_in_every_set(kind
             for got, wanted in zip((found[0][0][at], *found[0][1 + 2 * at : 3 + 2 * at]), expected, strict=True):
                 assert wanted.abs().max() > 1e-3
                 assert (got - wanted).norm() <= 3e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_one_sequence_have_the_bits_of_one_after_the_other(kind: str) -> None:
+    module = module_of(kind, SHAPES[2])
+    kernel = kernel_of(module)
+    xs = torch.randn(5, 24, generator=torch.Generator().manual_seed(4))
+    with torch.inference_mode():
+        inputs, state = states_of(cache_of(module, torch.randn(1, 7, 24), module.forward))
+    found = []
+    for num_threads, num_rows in ((1, 1), (1, 5), (3, 5), (3, 2)):
+        kernels.set_threads(num_threads)
+        states, outs = (inputs.clone(), state.clone()), []
+        for rows in xs.split(num_rows):
+            outs.append(torch.full_like(rows, torch.nan))
+            kernel.step(rows.contiguous(), [states] * len(rows), outs[-1])
+        found.append([torch.cat(outs), *states])
+    kernels.set_threads(1)
+    assert not torch.equal(found[0][2], state)
+    for each in found[1:]:
+        assert all(map(torch.equal, each, found[0]))
 
 
 def test_prompts_batches_and_calls_without_states_take_the_modules_own_forward() -> None:

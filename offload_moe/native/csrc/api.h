@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define OM_ABI_VERSION 3
+#define OM_ABI_VERSION 4
 
 /* Fields are FIELD(struct, type, name, array dimension or nothing). */
 
@@ -27,8 +27,8 @@
 
 /* What one row of activations, a token, attends to in one layer: `length` tokens before it, and itself behind them. */
 #define OM_ROOM_FIELDS(FIELD, T) \
-    FIELD(T, void *, keys, ) FIELD(T, void *, values, ) /* [M, capacity, D]; or latents [C, R] and rotated keys [C, P]; or the \
-        inputs of a convolution and the state of `om_delta_step`, without a length */ \
+    FIELD(T, void *, keys, ) FIELD(T, void *, values, ) /* [M, capacity, D]; or latents [C, R] and rotated keys [C, P]; or several \
+        of the inputs of a convolution and of the state of `om_delta_step`: the row reads number `capacity` and leaves number `length` */ \
     FIELD(T, int64_t, capacity, ) FIELD(T, int64_t, length, )
 
 #define OM_ATTENTION_FIELDS(FIELD, T) \

@@ -1,6 +1,6 @@
 /* Linear attention in one call: projections, the gated delta rule, output projection.
  *
- * T rows in fp32, each the next token of a sequence of its own: the bits of each row alone. */
+ * T rows in fp32, tokens of one sequence, one after the other, or of several: the bits of each row alone. */
 #include "job.h"
 #include "vector_set.h"
 
@@ -22,16 +22,34 @@ static const float *find(const attention_job *job, int64_t row, int field) {
     return (const float *)job->projected[source] + row * layer->inputs[source].rows + layer->offsets[field];
 }
 
-/* A head of keys of one row. */
+/* The states that a row reads, and those that it leaves. */
+static om_delta_states find_states(const om_delta *rule, const om_room *room) {
+    const int64_t keys = rule->num_key_heads * rule->key_dim, values = rule->num_heads * rule->value_dim;
+    const int64_t num_inputs = (2 * keys + values) * rule->conv_length, num_numbers = values * rule->key_dim;
+    float *inputs = room->keys, *state = room->values;
+    return (om_delta_states){inputs + room->capacity * num_inputs, state + room->capacity * num_numbers,
+                             inputs + room->length * num_inputs, state + room->length * num_numbers};
+}
+
+static void step_heads(const attention_job *job, int64_t row, int64_t head) {
+    const om_delta *rule = &job->layer->rule;
+    const int64_t *strides = job->layer->strides;
+    const om_delta_states states = find_states(rule, job->rooms + row);
+    const om_delta_inputs inputs = {find(job, row, 0), find(job, row, 1), find(job, row, 2), find(job, row, 3), find(job, row, 4),
+                                    find(job, row, 5), {strides[0], strides[1], strides[2], strides[3]}};
+    om_active_isa()->vectors->delta_heads(rule, &inputs, head, &states, job->mixed + row * rule->num_heads * rule->value_dim);
+}
+
+/* A head of keys of one sequence: the unit of its first row takes all of its rows. */
 static void heads_unit(void *context, int64_t unit, int64_t next, int thread) {
     (void)next, (void)thread;
     const attention_job *job = context;
-    const om_delta *rule = &job->layer->rule;
-    const int64_t row = unit / rule->num_key_heads, *strides = job->layer->strides;
-    const om_delta_inputs inputs = {find(job, row, 0), find(job, row, 1), find(job, row, 2), find(job, row, 3), find(job, row, 4),
-                                    find(job, row, 5), {strides[0], strides[1], strides[2], strides[3]}};
-    om_active_isa()->vectors->delta_heads(rule, &inputs, unit % rule->num_key_heads, job->rooms[row].keys, job->rooms[row].values,
-                                          job->mixed + row * rule->num_heads * rule->value_dim);
+    const int64_t num_heads = job->layer->rule.num_key_heads;
+    const om_room *rooms = job->rooms;
+    int64_t row = unit / num_heads;
+    if (row > 0 && rooms[row].values == rooms[row - 1].values) return;
+    do step_heads(job, row, unit % num_heads);
+    while (++row < job->num_rows && rooms[row].values == rooms[row - 1].values);
 }
 
 static void lay_out(void *context, uintptr_t *cursor) {
@@ -53,8 +71,8 @@ static void run(void *context) {
     om_run_linear(&job->output);
 }
 
-/* x[T, hidden] -> out[T, hidden]. The rooms hold what `om_delta_step` moves on, of T different sequences. Returns 0, or -1 when
- * memory is short. */
+/* x[T, hidden] -> out[T, hidden]. The rooms hold what `om_delta_step` moves on. Rows of one sequence follow each other and have
+ * the same room; each reads what the one before it left. Returns 0, or -1 when memory is short. */
 OM_EXPORT int om_linear_attention_step(const om_linear_attention *attention, const float *x, const om_room *rooms, int64_t num_rows,
                                        float *out) {
     attention_job job = {.layer = attention, .rooms = rooms, .num_rows = num_rows, .out = out};

@@ -19,6 +19,12 @@ typedef struct {
     float greatest, sum; /* of the scores; of the exponentials of their distances from it */
 } om_section;
 
+/* Of a gated delta rule: what a token reads, and what it leaves for the next one, which may be the same memory. */
+typedef struct {
+    const float *inputs, *state;
+    float *next_inputs, *next_state;
+} om_delta_states;
+
 struct om_vector_set {
     om_rows_fn value_rows[2]; /* of a matrix in bf16 and in fp32 */
     /* One section. q [num_queries, dim + more_dim]; a query sees the first counts[query] rows, which are no fewer than the query
@@ -34,8 +40,8 @@ struct om_vector_set {
     /* values[count] -> exponentials of their distances from the greatest; returns their sum. */
     float (*exponentials)(float *values, int64_t count);
     void (*sigmoids)(float *values, int64_t count);
-    /* Of a token, the heads of values that share head g of keys: inputs, state and out as of `om_delta_step`. */
-    void (*delta_heads)(const om_delta *layer, const om_delta_inputs *projected, int64_t g, float *inputs, float *state, float *out);
+    /* Of a token, the heads of values that share head g of keys: states and out as of `om_delta_step`. */
+    void (*delta_heads)(const om_delta *layer, const om_delta_inputs *projected, int64_t g, const om_delta_states *states, float *out);
 };
 
 extern const om_vector_set om_vectors_portable;

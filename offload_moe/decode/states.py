@@ -1,0 +1,122 @@
+"""The states of a layer of linear attention, from which tokens can be taken back.
+
+They have a fixed size and move on in place. A pass whose last tokens may be taken back (`keep_next`) moves them through
+a ring instead: each of its rows leaves them in a place of its own, and going back is the choice of another place.
+"""
+
+from collections.abc import Iterator
+from itertools import islice, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import LinearAttentionLayer
+
+from offload_moe.native.kernels import MAX_ROWS, state_places
+
+NUM_PLACES = MAX_ROWS + 1  # the states before a pass, and behind each of its rows
+
+State = tuple[dict[int, Any], int]  # where a layer has one
+
+
+class StatesLayer(LinearAttentionLayer):
+    """transformers' layer of states. Everything else (update, reorder, reset) is inherited.
+
+    num_passed: tokens of passes by which they have moved on. rings: of each state, ``[places, ...]``; a place that was
+    never used takes no memory.
+    """
+
+    def __init__(self, number_of_states: int = 1) -> None:
+        super().__init__(number_of_states=number_of_states)
+        self.num_passed = 0
+        self._keeps_next = False
+        self.rings: list[Tensor] = []
+        self._trail: list[int] = []  # places of the states before the last pass that kept them, and behind each row
+
+    @classmethod
+    def of(cls, layer: LinearAttentionLayer) -> "StatesLayer":
+        """The same states; the old layer must not be used any more."""
+        states = cls(layer.number_of_states)
+        for name, value in vars(layer).items():
+            setattr(states, name, value)
+        return states
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the present states alone."""
+        kept = {name: dict(getattr(self, name)) for name in ("conv_states", "recurrent_states")}
+        for states in kept.values():
+            states.update({index: state.clone() for index, state in states.items() if state is not None})
+        return vars(self) | kept | {"rings": [], "_trail": [], "_keeps_next": False}
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether the next pass of one sequence can be taken back."""
+        states = self._states()
+        return bool(states) and not self.record_past and all(len(where[index]) == 1 for where, index in states)
+
+    def keep_next(self) -> None:
+        """The tokens of the next pass may be taken back."""
+        self._keeps_next = True
+
+    def places(self, num_tokens: int) -> list[int]:
+        """Count more tokens, whose states native calls write: the fields of `rooms_array` of each."""
+        if not self._begin(num_tokens):
+            return state_places(self.conv_states[0], self.recurrent_states[0], [(0, 0)] * num_tokens)
+        inputs, state = self.rings
+        self._present(self._trail[-1])
+        return state_places(inputs, state, pairwise(self._trail))
+
+    def rows(self, num_tokens: int) -> Iterator[None]:
+        """Count more tokens, each of which a module moves the states on by before the next item."""
+        if not self._begin(num_tokens):
+            yield from [None] * num_tokens
+            return
+        for before, place in pairwise(self._trail):
+            for ring in self.rings:
+                ring[place].copy_(ring[before])
+            self._present(place)
+            yield
+
+    def roll_back(self, num_tokens: int) -> None:
+        """Take back the last tokens of the last pass, which kept what it went through."""
+        assert num_tokens < len(self._trail)
+        del self._trail[len(self._trail) - num_tokens :]
+        self.num_passed -= num_tokens
+        self._present(self._trail[-1])
+
+    def _begin(self, num_tokens: int) -> bool:
+        """Count them. Whether they go through the ring, in which they have places then."""
+        self.num_passed += num_tokens
+        is_kept, self._keeps_next = self._keeps_next, False
+        if is_kept:
+            at = self._find()
+            self._trail = [at, *islice((place for place in range(NUM_PLACES) if place != at), num_tokens)]
+        else:
+            self._trail = []
+        return is_kept
+
+    def _find(self) -> int:
+        """The place of the present states, which other code may have replaced."""
+        present = [where[index] for where, index in self._states()]
+        for place in range(NUM_PLACES) if len(self.rings) == len(present) else ():
+            if all(_is_in(ring, place, state) for ring, state in zip(self.rings, present, strict=True)):
+                return place
+        with torch.inference_mode(False):  # so that they can be written to elsewhere
+            self.rings = [state.new_empty((NUM_PLACES, *state.shape)) for state in present]
+        for ring, state in zip(self.rings, present, strict=True):
+            ring[0].copy_(state)
+        self._present(0)
+        return 0
+
+    def _present(self, place: int) -> None:
+        for ring, (where, index) in zip(self.rings, self._states(), strict=True):
+            where[index] = ring[place]
+
+    def _states(self) -> list[State]:
+        found = [(where, index) for where in (self.conv_states, self.recurrent_states) for index in sorted(where)]
+        return [(where, index) for where, index in found if where[index] is not None]
+
+
+def _is_in(ring: Tensor, place: int, state: Tensor) -> bool:
+    is_like = state.shape == ring.shape[1:] and state.stride() == ring.stride()[1:] and state.dtype == ring.dtype
+    return is_like and state.data_ptr() == ring.data_ptr() + place * ring.stride(0) * ring.element_size()
