@@ -9,6 +9,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
+from offload_moe.chat.guessing import Guessing
 from offload_moe.chat.template import common_prefix
 from offload_moe.decode.cache import ROOMY, RoomyLayer, RoomySlidingLayer
 from offload_moe.decode.rotation import Factors, kept_factors, rotation_keeper
@@ -34,7 +35,7 @@ class _Snapshot:
 
 
 class PrefixCache:
-    """The cache of one conversation and the tokens that are in it.
+    """The cache of one conversation, the tokens that are in it, and the guesses of the conversation.
 
     Layers with full attention are cropped to the longest common prefix. Layers with sliding windows, recurrent or
     linear attention drop earlier state, so they continue only from a recorded one: the end of the last turn, or the
@@ -45,6 +46,7 @@ class PrefixCache:
         self._hf = hf
         self._is_supported = continues_exactly(hf)
         self._keeper = rotation_keeper(hf)
+        self.guessing = Guessing(hf)
         self.crossed_window: int | None = None
         self._is_open = False
         self.clear()

@@ -24,9 +24,6 @@ from offload_moe.chat.transcript import check_messages, read_transcript, write_t
 from offload_moe.errors import BudgetError, ConfigError
 from offload_moe.plan.room import ContextRoom
 from offload_moe.residency.counters import Counters
-from offload_moe.speculate.choice import Choice
-from offload_moe.speculate.speculation import speculation_of
-from offload_moe.speculate.speculator import Speculator
 
 _answers: WeakSet[Generator[Piece | None, None, None]] = WeakSet()
 
@@ -56,7 +53,6 @@ class ChatSession:
         self._hf = hf
         self._format = PromptFormat(hf, tokenizer, raw=raw)
         self._prefix = PrefixCache(hf)
-        self._guessing: tuple[Choice, Speculator | None] = "off", None
         self._counters = counters
         self._memory = memory
         self._room = room
@@ -172,7 +168,7 @@ class ChatSession:
     ) -> Generator[Piece | None, None, None]:
         prompt = messages if self.system is None else [{"role": "system", "content": self.system}, *messages]
         before = self._counters.copy() if self._counters is not None else None
-        speculator = self._speculator(sampling.speculate)
+        speculator = self._prefix.guessing.speculator(sampling.speculate)
         answer = Answer(self._hf, self._format, self._prefix, prompt, sampling, stop_event, self._room, speculator)
         self._answer_in_progress = answer
         try:
@@ -190,15 +186,6 @@ class ChatSession:
             self.last_stats = answer.stats(used, self._memory() if self._memory is not None else {}, given_up)
             if self._counters is not None:
                 self.last_stats.add_tokens_to(self._counters)
-
-    def _speculator(self, chosen: Choice | None) -> Speculator | None:
-        """One for the whole conversation, as long as the choice stays the same."""
-        speculation = speculation_of(self._hf)
-        choice, (before, speculator) = chosen or speculation.choice, self._guessing
-        if speculator is None or choice != before:
-            speculator = speculation.conversation(choice)
-            self._guessing = choice, speculator
-        return speculator if not speculation.is_paused else None
 
     def _keep(self, messages: list[Message], answer: Answer) -> None:
         self.messages = messages

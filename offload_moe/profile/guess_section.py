@@ -15,12 +15,16 @@ def guess_section(report: ProfileReport) -> Section | None:
         "makes no guesses.",
     ]
     table = Table(
-        title="Guesses by the length of the text that stood before",
-        columns=["tokens alike", "passes", *(f"right {at}" for at in range(1, 1 + len(_first(guesses.kinds))))],
+        title="Guesses by how likely their first token seemed",
+        columns=["probability", "passes", *(f"right {at}" for at in range(1, 1 + len(_first(guesses.kinds))))],
         is_open=True,  # nothing is drawn of it
-        rows=[[f"{kind.least} or more", f"{kind.num_passes:,}", *map(percent, kind.right)] for kind in guesses.kinds],
+        rows=[_row(kind) for kind in guesses.kinds],
     )
     return Section(key="guesses", title="Guessed tokens", lines=lines, tables=[table] if guesses.kinds else [])
+
+
+def _row(kind: GuessedKind) -> list[str]:
+    return [f"{percent(kind.least)} or more", f"{kind.num_passes:,}", *map(percent, kind.right)]
 
 
 def _first(kinds: list[GuessedKind]) -> list[float]:

@@ -7,14 +7,17 @@ import numpy as np
 
 from offload_moe.profile.trace import Trace
 from offload_moe.speculate.guess import MOST_GUESSES
-from offload_moe.speculate.ngram import LENGTHS, SHORTEST, NgramSource
+from offload_moe.speculate.ngram import CERTAINTIES, NgramSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuessedKind:
-    """Guesses after a match of `least` tokens or more, up to the next kind. right: share of the first, second, ..."""
+    """Guesses whose first token was expected with a probability of `least` or more, up to the next kind.
 
-    least: int
+    right: share of the first, second, ... that was right; behind the last of a guess none is.
+    """
+
+    least: float
     num_passes: int
     right: list[float]
 
@@ -62,7 +65,7 @@ def _passes(ids: Sequence[int], is_prompt: Sequence[bool]) -> Iterator[tuple[int
 
 
 def _kinds(passes: Sequence[tuple[int, int]]) -> Iterator[GuessedKind]:
-    for kind, least in enumerate((SHORTEST, *LENGTHS)):
+    for kind, least in enumerate((0.0, *CERTAINTIES)):
         rights = [num_right for found, num_right in passes if found == kind]
         if rights:
             shares = [sum(num > at for num in rights) / len(rights) for at in range(MOST_GUESSES)]

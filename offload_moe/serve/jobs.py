@@ -30,7 +30,6 @@ from offload_moe.serve.tools.harmony import HarmonyCalls
 from offload_moe.serve.tools.parser import CallParser, Parser
 from offload_moe.serve.tools.tool import NO_TOOLS, Tool, ToolUse
 from offload_moe.serve.worker import Job, WaitForRoom, Work
-from offload_moe.speculate.speculation import speculation_of
 
 Emit = Callable[[Event], None]
 END: Final = -1  # no token
@@ -167,7 +166,7 @@ class Answering:
             max_new_tokens=settings.max_tokens,
             seed=settings.seed_of(number),
             steering=steering,
-            speculator=speculation_of(model.hf).conversation(),
+            speculator=prefix.guessing.speculator(),
         )
         while True:
             try:

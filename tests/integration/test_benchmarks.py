@@ -121,6 +121,11 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         ("decode_tokens_per_s.*.median", "prompt_tokens_per_s.*.median", "disk_bytes_per_s.median", "num_ram_slots"),
     ),
     (
+        "guesses.py",
+        "{store}",
+        ("texts.*.tokens_per_pass", "texts.*.gain", "texts.edit.num_right", "texts.*.us_per_token"),
+    ),
+    (
         "kernel.py",
         "--trials 1 --threads 1 --shapes 128x1024 --tokens 1,2 --megabytes 1 --unpinned --peers",
         ("results.0.gb_per_s.median", "results.0.of_read.median", "results.0.error", "results.1.rows_gain.median"),

@@ -12,6 +12,7 @@ from offload_moe.engine.model import Model
 from offload_moe.errors import ConfigError
 from offload_moe.speculate.governor import Governor
 from offload_moe.speculate.speculation import speculation_of
+from offload_moe.speculate.speculator import Speculator
 from tests.support.serving import SCHEMA_OF_NAMES, chat, open_tiny, served
 
 REPEATED = "abc abc abc abc abc abc"
@@ -128,3 +129,24 @@ def test_metrics_count_guesses(model: Model, every_guess: None) -> None:
     assert f'offload_moe_guesses_total{{kind="wrong"}} {wrong}' in text
     assert "offload_moe_guesses_saved_seconds" in text
     assert "offload_moe_guess_gain" in text
+
+
+def test_a_conversation_goes_on_with_what_was_learned(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that returns to a server; others begin anew, as does one whose cache was dropped."""
+    begun: list[Speculator] = []
+    begin = Speculator.begin
+    monkeypatch.setattr(
+        Speculator, "begin", lambda self, ids, cache=None: (begun.append(self), begin(self, ids, cache))[1]
+    )
+    first = [{"role": "user", "content": REPEATED}]
+    other = [{"role": "user", "content": "Something else, which is about as long."}]
+    with served(model, cache_slots=2) as client:
+        answer = chat(client, first, max_tokens=20)["choices"][0]["message"]["content"]
+        chat(client, other, max_tokens=5)
+        returned = [*first, {"role": "assistant", "content": answer}, {"role": "user", "content": "More."}]
+        assert chat(client, returned, max_tokens=5)["usage"]["prompt_tokens_details"]["cached_tokens"] > 20
+    assert begun[2] is begun[0] is not begun[1]
+    with served(model, cache_slots=0) as client:
+        chat(client, returned, max_tokens=5)
+        chat(client, returned, max_tokens=5)
+    assert len({*begun}) == 4
