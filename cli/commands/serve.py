@@ -3,16 +3,18 @@
 import argparse
 import logging
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from offload_moe.errors import ConfigError
 from offload_moe.system.durations import parse_duration
+from offload_moe.system.names import DEMO
 from offload_moe.system.paths import user_path
 from offload_moe.system.sizes import parse_port
 from offload_moe.system.texts import read_text
 
 from ..loading import load_model
-from ..options import SAMPLING, Subparsers, add_model_flags, fill
+from ..options import MEMORY, SAMPLING, Subparsers, add_model_flags, fill, load_arguments
 
 if TYPE_CHECKING:
     from offload_moe.serve.config import ServeConfig
@@ -36,6 +38,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="store, GGUF file, checkpoint folder or hub id (default: that of `config`, else demo)",
     )
     _add_network_flags(parser)
+    _add_cluster_flags(parser)
     _add_engine_flags(parser)
     add_model_flags(parser)
     parser.set_defaults(**dict.fromkeys(SAMPLING))
@@ -55,6 +58,16 @@ def _add_network_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--allow-host", metavar="NAME", action="append", default=[], help="a further name of this server; repeatable"
+    )
+
+
+def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several machines")
+    group.add_argument(
+        "--ray",
+        action="store_true",
+        help="a replica of the model on each node of the Ray cluster at RAY_ADDRESS, or on this machine alone; needs "
+        "the extra offload-moe[ray]",
     )
 
 
@@ -115,7 +128,37 @@ def run(options: argparse.Namespace) -> int:
         is_strict_model=options.strict_model,
         ignore_prefix=options.ignore_prefix,
     )
-    return _serve(options, config)
+    return _serve_cluster(options, config) if options.ray else _serve(options, config)
+
+
+def _serve_cluster(options: argparse.Namespace, config: "ServeConfig") -> int:
+    try:
+        import httpx2  # noqa: F401
+        import ray  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("Ray is not installed: pip install 'offload-moe[ray]', on every machine.") from error
+    from offload_moe.serve.server import listen, url_of
+
+    fill(options, *MEMORY)
+    listener = listen(config)
+    from offload_moe.cluster.replica import Job
+    from offload_moe.cluster.serving import serve_cluster
+    from offload_moe.engine.options import LoadOptions
+    from offload_moe.serve.app import model_name
+
+    is_folder = options.model != DEMO and user_path(options.model).exists()
+    job = Job(
+        model=str(user_path(options.model).resolve()) if is_folder else options.model,
+        options=LoadOptions().updated(load_arguments(options)),
+        config=replace(config, cors=(), hosts=()),
+        name=model_name(str(options.model)),
+        drain_s=options.drain,
+    )
+    url = url_of(listener)
+    was_interrupted = serve_cluster(
+        job, config, listener, drain_s=options.drain, on_ready=lambda: _say(job.name, url, config)
+    )
+    return EXIT_INTERRUPTED if was_interrupted else 0
 
 
 def _serve(options: argparse.Namespace, config: "ServeConfig") -> int:

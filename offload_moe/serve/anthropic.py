@@ -7,7 +7,7 @@ from typing import Any
 from anyio import to_thread
 
 from offload_moe.serve.collected import Collected, CollectedChoice
-from offload_moe.serve.delivery import Delivery, sse
+from offload_moe.serve.delivery import Delivery
 from offload_moe.serve.errors import ApiError, as_mapping, invalid
 from offload_moe.serve.events import ChoiceEnd, Event, Finished, Reason, Started, TextDelta, ToolDelta, ToolStart, Usage
 from offload_moe.serve.guide import Grammar
@@ -34,6 +34,7 @@ from offload_moe.serve.schemas import (
     record,
     string,
 )
+from offload_moe.serve.wire import sse
 
 BLOCKS = array(record({"type": TEXT}, "type"))
 MESSAGE = record({"role": string("user", "assistant", "system"), "content": either(TEXT, BLOCKS)}, "role", "content")

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from offload_moe.engine.model import Model
 from offload_moe.serve import anthropic, openai_chat, openai_completions, plain, responses
+from offload_moe.serve.body import read_body
 from offload_moe.serve.check import Schema, check, parse_json
 from offload_moe.serve.config import ServeConfig
 from offload_moe.serve.errors import ApiError, api_error
@@ -20,7 +21,7 @@ from offload_moe.serve.host import Host
 from offload_moe.serve.live import live
 from offload_moe.serve.metrics import CONTENT_TYPE, metrics
 from offload_moe.serve.openapi import openapi
-from offload_moe.serve.security import Guard, api_of, path_of, too_large
+from offload_moe.serve.security import Guard, api_of, path_of
 from offload_moe.serve.static import page_routes
 
 Answer = Callable[[Host, Mapping[str, Any]], ASGIApp]
@@ -100,7 +101,7 @@ def _get(path: str, answer: Callable[[], Response]) -> Route:
 
 def _post(path: str, host: Host, schema: Schema, answer: Answer) -> Route:
     async def endpoint(request: Request) -> Response:
-        document = parse_json(await _body(request, host.config))
+        document = parse_json(await read_body(request, host.config))
         check(document, schema)
         plain.check_model(host, document)
         return cast(Response, answer(host, document))
@@ -128,21 +129,6 @@ def _model(host: Host) -> Callable[[Request], Awaitable[Response]]:
         return JSONResponse(plain.model(host))
 
     return endpoint
-
-
-async def _body(request: Request, config: ServeConfig) -> bytes:
-    """At most so many bytes, within so many seconds: a slow client holds a task, and nothing else."""
-    parts, size = [], 0
-    try:
-        async with asyncio.timeout(config.body_s):
-            async for part in request.stream():
-                size += len(part)
-                if size > config.max_body_bytes:
-                    raise too_large(config)
-                parts.append(part)
-    except TimeoutError:
-        raise ApiError(408, f"The body did not arrive within {config.body_s:g} s.") from None
-    return b"".join(parts)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

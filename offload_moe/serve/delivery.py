@@ -1,7 +1,6 @@
 """From the engine to a client: one response, whole or as server-sent events, cancelled when the client leaves."""
 
 import asyncio
-import json
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -9,19 +8,15 @@ from typing import Any, Protocol
 from anyio import to_thread
 from starlette.types import Receive, Scope, Send
 
+from offload_moe.serve.body import client_left
 from offload_moe.serve.errors import Api, ApiError, api_error, closed
 from offload_moe.serve.events import Event, Failed, Finished, Progress
 from offload_moe.serve.host import Host, Loaded
 from offload_moe.serve.jobs import Answering, Request
+from offload_moe.serve.wire import SSE_HEADERS, encode, send_json, sse, start
 from offload_moe.serve.worker import Job
 
 FIRST_S = 1.0  # how long a stream's status waits for the first event, so that an error has one
-
-SSE_HEADERS = {
-    "content-type": "text/event-stream; charset=utf-8",
-    "cache-control": "no-cache",
-    "x-accel-buffering": "no",
-}
 
 
 class Writer(Protocol):
@@ -64,7 +59,7 @@ class Delivery:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._is_over = asyncio.Event()
-        tasks = [asyncio.create_task(each) for each in (self._produce(), _disconnect(receive), self._deliver(send))]
+        tasks = [asyncio.create_task(each) for each in (self._produce(), client_left(receive), self._deliver(send))]
         try:
             await asyncio.wait(tasks[1:], return_when=asyncio.FIRST_COMPLETED)
             error = tasks[-1].exception() if tasks[-1].done() else None
@@ -114,18 +109,18 @@ class Delivery:
             self._writer.write(event)
             if isinstance(event, Finished):
                 body = encode(self._writer.document())
-                await _send_json(send, 200, body)
+                await send_json(send, 200, body)
                 return
 
     async def _fail(self, send: Send, error: ApiError) -> None:
-        await _send_json(send, error.status, encode(error.document(self._api)), error.headers)
+        await send_json(send, error.status, encode(error.document(self._api)), error.headers)
 
     async def _stream(self, send: Send) -> None:
         event = await self._next(FIRST_S)
         if isinstance(event, Failed):
             await self._fail(send, api_error(event.error))
             return
-        await _start(send, 200, SSE_HEADERS)
+        await start(send, 200, SSE_HEADERS)
         while True:
             part, is_last = self._part(event)
             while not is_last and not self._events.empty():
@@ -173,30 +168,3 @@ class Delivery:
                 )
             )
         return progress or writer.silence()
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _start(send: Send, status: int, headers: dict[str, str]) -> None:
-    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": status, "headers": raw})
-
-
-async def _send_json(send: Send, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-    await _start(
-        send, status, {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
-    )
-    await send({"type": "http.response.body", "body": body})
-
-
-def encode(document: Any) -> bytes:
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-
-
-def sse(document: Any, event: str | None = None) -> bytes:
-    """One server-sent event."""
-    name = f"event: {event}\n".encode() if event is not None else b""
-    return name + b"data: " + encode(document) + b"\n\n"

@@ -200,6 +200,10 @@ class Host:
         self.is_draining = True
         return self.worker.drain(limit_s)
 
+    def stop(self) -> None:
+        """End every request, and the engine's thread."""
+        self.worker.close()
+
     def close(self) -> None:
         """End the engine's thread, and close the model unless it is the caller's."""
         self.is_draining = True

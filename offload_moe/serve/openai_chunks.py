@@ -4,9 +4,9 @@ import time
 from typing import Any
 
 from offload_moe.serve.collected import Collected
-from offload_moe.serve.delivery import encode, sse
 from offload_moe.serve.errors import ApiError
 from offload_moe.serve.events import Event, Finished, Progress, Usage
+from offload_moe.serve.wire import encode, sse
 
 
 class ChunkWriter:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from offload_moe.serve.collected import custom_input
-from offload_moe.serve.delivery import sse
 from offload_moe.serve.errors import ApiError
 from offload_moe.serve.events import (
     ChoiceEnd,
@@ -22,6 +21,7 @@ from offload_moe.serve.events import (
     Usage,
 )
 from offload_moe.serve.tools.tool import Tool
+from offload_moe.serve.wire import sse
 
 
 class ResponseWriter:

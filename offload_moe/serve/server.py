@@ -5,13 +5,16 @@ import socket
 import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING, Protocol
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from offload_moe.errors import ConfigError
-from offload_moe.serve.app import App
 from offload_moe.serve.config import ServeConfig
-from offload_moe.serve.host import Host
+
+if TYPE_CHECKING:
+    from offload_moe.serve.host import Host
 
 BACKLOG = 128
 CLOSING_S = 2  # for connections whose answers have ended
@@ -36,11 +39,32 @@ def url_of(listener: socket.socket) -> str:
     return f"http://{shown}:{port}"
 
 
-class _Server(uvicorn.Server):
+class Ending(Protocol):
+    """What a server's end is about."""
+
+    is_draining: bool
+
+    def drain(self, limit_s: float) -> bool:
+        """Refuse new requests and wait for those that are under way; False after the limit."""
+
+    def stop(self) -> None:
+        """End those that are left."""
+
+
+class Server(uvicorn.Server):
     """The first signal lets answers end, within a limit; the second one ends them; the third one waits for nothing."""
 
-    def __init__(self, config: uvicorn.Config, host: Host, drain_s: float) -> None:
-        super().__init__(config)
+    def __init__(self, app: ASGIApp, host: Ending, drain_s: float) -> None:
+        settings = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=CLOSING_S,
+        )
+        super().__init__(settings)
         self._host, self._drain_s = host, drain_s
         self.was_interrupted = False
         self._num_signals = 0
@@ -53,33 +77,26 @@ class _Server(uvicorn.Server):
             case 1:
                 threading.Thread(target=self._drain, name="offload-moe drain", daemon=True).start()
             case 2:
-                threading.Thread(target=self._host.worker.close, name="offload-moe end", daemon=True).start()
+                threading.Thread(target=self._host.stop, name="offload-moe end", daemon=True).start()
             case _:
                 self.force_exit = self.should_exit = True
 
     def _drain(self) -> None:
         """Clients of what has not ended by then receive an error in their API's form."""
         self._host.drain(self._drain_s)
-        self._host.worker.close()
+        self._host.stop()
         self.should_exit = True
 
 
-def serve(host: Host, listener: socket.socket, *, drain_s: float, on_ready: Callable[[], None]) -> bool:
+def serve(host: "Host", listener: socket.socket, *, drain_s: float, on_ready: Callable[[], None]) -> bool:
     """Answer until a signal comes, then let answers end for `drain_s` seconds. Whether the signal was an interrupt.
 
     The host is closed at the end.
     """
+    from offload_moe.serve.app import App  # with the engine, which an ingress does without
+
     app = App(host)
-    settings = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        lifespan="off",
-        server_header=False,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=CLOSING_S,
-    )
-    server = _Server(settings, host, drain_s)
+    server = Server(app, host, drain_s)
     on_ready()
     try:
         server.run(sockets=[listener])

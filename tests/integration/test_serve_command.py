@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -194,3 +195,13 @@ def test_the_extra_is_named_where_it_is_missing(
     monkeypatch.setitem(sys.modules, module, None)
     assert load_cli().main(["serve", "demo"]) == 1
     assert "pip install 'offload-moe[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["ray", "httpx2"])
+def test_without_ray_the_extra_for_it_is_named(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    monkeypatch.setitem(sys.modules, module, None)
+    assert load_cli().main(["serve", "demo", "--ray"]) == 1
+    assert capsys.readouterr().err.startswith("error: Ray is not installed: pip install 'offload-moe[ray]'")

@@ -27,6 +27,7 @@ FLOW = [
     "chat",
     "engine",
     "serve",
+    "cluster",
     "doctor",
 ]
 COMMON = {"errors"}  # files that every room may import

@@ -1,0 +1,1 @@
+"""Several machines, each with the whole model: an ingress that sends each request to one of their servers."""
