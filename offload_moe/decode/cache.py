@@ -149,7 +149,7 @@ class RoomyLayer(InRoom, DynamicLayer):
 
         kept: the dtype of keys and values in memory; None: the one they come in.
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.context, self.kept = context, kept
 
     @classmethod
@@ -317,6 +317,15 @@ class RoomySlidingLayer(InRoom, DynamicSlidingWindowLayer):
 ROOMY = (RoomyLayer, RoomySlidingLayer)
 
 
+def roomy_layers(cache: Cache) -> list[RoomyLayer | RoomySlidingLayer]:
+    """The layers of a cache that has no others."""
+    layers = []
+    for layer in cache.layers:
+        assert isinstance(layer, ROOMY), type(layer)
+        layers.append(layer)
+    return layers
+
+
 def begin(cache: Any, index: int, keys: Tensor, values: Tensor) -> None:
     """Give the cache of one sequence a layer of ours, where it has none of this index yet.
 
@@ -342,7 +351,7 @@ def give_room(cache: Cache, context: int | None = None, kept: torch.dtype | None
         elif type(layer) is DynamicSlidingWindowLayer:
             cache.layers[index] = RoomySlidingLayer.of(layer, kept)
     if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = partial(RoomyLayer, context, kept)
+        cache.layer_class_to_replicate = partial(RoomyLayer, context, kept)  # type: ignore[assignment]  # is called
 
 
 def _in_steps(num_tokens: int) -> int:

@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 
-from offload_moe.decode.cache import ROOMY
+from offload_moe.decode.cache import ROOMY, roomy_layers
 from offload_moe.decode.dense import QuantLinear
 from offload_moe.decode.forward import DecoderForward, Seam, SeveralCaches
 from offload_moe.decode.rotation import rotation_keeper
 from offload_moe.families.read_layer import layer_spec
+from offload_moe.families.text_model import TextModel
 
 
-def why_no_rows(hf: PreTrainedModel) -> str:
+def why_no_rows(hf: TextModel) -> str:
     """Why a pass of several tokens does not have the bits of passes of each; empty where it has."""
     forward = _forward_of(hf)
     if forward is None:
@@ -34,7 +35,7 @@ def why_no_rows(hf: PreTrainedModel) -> str:
     return ""
 
 
-def takes_rows(hf: PreTrainedModel, cache: Any, num_tokens: int) -> bool:
+def takes_rows(hf: TextModel, cache: Any, num_tokens: int) -> bool:
     """Whether so many next tokens can be passed at once behind this cache; where `why_no_rows` is empty."""
     forward = _forward_of(hf)
     return (
@@ -42,7 +43,7 @@ def takes_rows(hf: PreTrainedModel, cache: Any, num_tokens: int) -> bool:
     )
 
 
-def takes_several(hf: PreTrainedModel) -> bool:
+def takes_several(hf: TextModel) -> bool:
     """Whether a pass may have rows of several sequences; not on a card."""
     return isinstance(_forward_of(hf), DecoderForward)
 
@@ -50,19 +51,19 @@ def takes_several(hf: PreTrainedModel) -> bool:
 @torch.inference_mode()
 def roll_back(cache: Cache, num_tokens: int) -> None:
     """Take back the last tokens of the last pass, for which `takes_rows` was true."""
-    for layer in cache.layers:
+    for layer in roomy_layers(cache):
         layer.roll_back(num_tokens)
 
 
 @torch.inference_mode()
-def next_logits(hf: PreTrainedModel, tokens: Sequence[int], caches: Sequence[Cache]) -> Tensor:
+def next_logits(hf: TextModel, tokens: Sequence[int], caches: Sequence[Cache]) -> Tensor:
     """One pass for the next token of each of several sequences: the logits ``[T, V]`` behind them.
 
     caches: of each sequence, which gets the token; different ones, `MAX_ROWS` at most, of which `takes_rows` is true,
     where `takes_several`. After an error they are as before. Raises: UnsupportedModelError, and what a forward of one
     token raises.
     """
-    lengths = [[layer.get_seq_length() for layer in cache.layers] for cache in caches]
+    lengths = [[layer.get_seq_length() for layer in roomy_layers(cache)] for cache in caches]
     several: Any = SeveralCaches(caches)
     try:
         logits: Tensor = hf(torch.tensor([tokens]), past_key_values=several, use_cache=True, return_dict=True).logits
@@ -75,16 +76,16 @@ def next_logits(hf: PreTrainedModel, tokens: Sequence[int], caches: Sequence[Cac
 
 def _shorten(cache: Cache, lengths: Sequence[int]) -> None:
     """Take back what a pass that was not completed has counted in some layers."""
-    for layer, length in zip(cache.layers, lengths, strict=True):
+    for layer, length in zip(roomy_layers(cache), lengths, strict=True):
         if excess := layer.get_seq_length() - length:
             layer.roll_back(excess)
 
 
-def _has_states(hf: PreTrainedModel) -> bool:
+def _has_states(hf: TextModel) -> bool:
     specs = (layer_spec(layer) for layer in hf.get_decoder().layers)
     return any(spec is not None and spec.attention.delta is not None for spec in specs)
 
 
-def _forward_of(hf: PreTrainedModel) -> Seam | None:
+def _forward_of(hf: TextModel) -> Seam | None:
     forward = vars(hf.get_decoder()).get("forward")
     return forward if isinstance(forward, Seam) else None
