@@ -1,7 +1,6 @@
 """From a loaded model to its device pass, or the reason why there is none."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.errors import DevicePassUnavailable
 from offload_moe.experts.arithmetic import native_arithmetic
 from offload_moe.experts.native import NativeArithmetic
+from offload_moe.families.text_model import TextModel
 from offload_moe.native.planes import VALUES
 from offload_moe.quant import Codec
 from offload_moe.quant.layout import round_up
@@ -26,7 +26,13 @@ FETCH_BYTES = 16  # that a thread copies
 
 
 def install(
-    hf: Any, layers: Sequence[ExpertsModule], hierarchy: Hierarchy, codec: Codec, device: CardDevice, *, context: int
+    hf: TextModel,
+    layers: Sequence[ExpertsModule],
+    hierarchy: Hierarchy,
+    codec: Codec,
+    device: CardDevice,
+    *,
+    context: int,
 ) -> CardPass:
     """Let a model's decode steps take the device pass. context: tokens that memory was planned for.
 

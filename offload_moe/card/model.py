@@ -17,6 +17,7 @@ from offload_moe.families.layer_classes import LAYERS
 from offload_moe.families.layer_spec import LayerSpec
 from offload_moe.families.limits import card_limits
 from offload_moe.families.read_layer import layer_spec
+from offload_moe.families.text_model import TextModel
 from offload_moe.native.kernels import Linear
 from offload_moe.native.planes import DTYPES
 
@@ -50,7 +51,7 @@ class DecoderParts:
         return int(self.table.shape[1])
 
 
-def why_not(hf: Any) -> str:
+def why_not(hf: TextModel) -> str:
     """Why the device pass does not take a model, as far as its classes say; it may be on the meta device."""
     layers = getattr(hf.get_decoder(), "layers", None)
     if not isinstance(layers, nn.ModuleList):
@@ -66,7 +67,7 @@ def why_not(hf: Any) -> str:
     return ""
 
 
-def decoder_parts(hf: Any) -> DecoderParts:
+def decoder_parts(hf: TextModel) -> DecoderParts:
     """The parts of a model's decoder. Raises: DevicePassUnavailable."""
     if reason := why_not(hf):
         raise DevicePassUnavailable(reason)
@@ -108,7 +109,7 @@ def _final_norm(norm: Any) -> tuple[Tensor, float]:
     return norm.weight.detach(), float(epsilons[0])
 
 
-def _head(hf: Any, wiring: Wiring) -> tuple[Linear | None, str]:
+def _head(hf: TextModel, wiring: Wiring) -> tuple[Linear | None, str]:
     """The output head, or why a pass does not have it."""
     module = hf.get_output_embeddings()
     if not isinstance(module, nn.Module) or not gives_products(hf, module, wiring):

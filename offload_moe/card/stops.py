@@ -40,7 +40,9 @@ class Stops:
         """
         self.count += 1
         notice, edits = self._tables.read_notice(), self._tables.edits
-        is_stepwise = notice.stop != MISSING_STOP  # more experts than slots: the CPU computes those that are missing
+        is_stepwise = bool(
+            notice.stop != MISSING_STOP
+        )  # more experts than slots: the CPU computes those that are missing
         if is_stepwise:
             edits.add("MODE", 1)
         else:

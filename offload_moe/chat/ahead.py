@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from offload_moe.chat.choice import Found
 from offload_moe.chat.sharing import Member, Row, sharing_of
 from offload_moe.decode import keep_next, roll_back, takes_rows
+from offload_moe.families.text_model import TextModel
 from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.speculate.speculation import speculation_of
 from offload_moe.speculate.speculator import PassCost, Speculator
@@ -31,7 +31,7 @@ class GuessedRows:
 
     def __init__(
         self,
-        hf: PreTrainedModel,
+        hf: TextModel,
         cache: Any,
         compute: Compute,
         *,

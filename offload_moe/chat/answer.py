@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from offload_moe.chat.chat_template import Message, unfinished
 from offload_moe.chat.generation import Generation, TokenRequest
@@ -15,6 +15,7 @@ from offload_moe.chat.sampling import Sampling
 from offload_moe.chat.stats import Finish, TurnStats
 from offload_moe.chat.template import PromptFormat
 from offload_moe.chat.text import IncrementalText
+from offload_moe.families.text_model import TextModel
 from offload_moe.plan.room import ContextRoom
 from offload_moe.residency.counters import Counters
 from offload_moe.speculate.speculator import Speculator
@@ -32,7 +33,7 @@ class Answer:
 
     def __init__(
         self,
-        hf: PreTrainedModel,
+        hf: TextModel,
         prompt_format: PromptFormat,
         prefix: PrefixCache,
         messages: Sequence[Message],
@@ -140,7 +141,5 @@ class Answer:
         return "interrupted" if generation.is_stopped and not is_stopped_by_model else "stop"
 
 
-def _config(
-    hf: PreTrainedModel, sampling: Sampling, prompt_format: PromptFormat, max_new_tokens: int
-) -> GenerationConfig:
+def _config(hf: TextModel, sampling: Sampling, prompt_format: PromptFormat, max_new_tokens: int) -> GenerationConfig:
     return sampling.generation_config(hf, stop_ids=prompt_format.stop_ids, max_new_tokens=max_new_tokens)

@@ -96,8 +96,7 @@ class ChatTemplate:
         return [index for index, marker in enumerate(markers) if not _is_text_of(marker, text)]
 
     def _apply(self, messages: list[dict[str, Any]], **settings: Any) -> str:
-        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, **settings)
-        return text
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **settings))
 
 
 def _is_text_of(marker: str, text: str) -> bool:

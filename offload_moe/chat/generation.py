@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from offload_moe.chat.prefix import PrefixCache
 from offload_moe.chat.prompt_chunks import prompt_chunk_tokens
@@ -15,6 +15,7 @@ from offload_moe.chat.stats import Finish
 from offload_moe.chat.steering import NO_STEERING, Steering
 from offload_moe.chat.stream import TokenStream
 from offload_moe.errors import BudgetError, ConfigError
+from offload_moe.families.text_model import TextModel
 from offload_moe.plan.room import ContextRoom
 from offload_moe.speculate.speculator import Speculator
 from offload_moe.speculate.tally import Tally
@@ -53,7 +54,7 @@ class Generation:
 
     def __init__(
         self,
-        hf: PreTrainedModel,
+        hf: TextModel,
         prefix: PrefixCache,
         request: TokenRequest,
         *,
@@ -195,7 +196,7 @@ def _steps_of(stream: TokenStream) -> Iterator[int | None]:
         yield token
 
 
-def _room(hf: PreTrainedModel, num_prompt_tokens: int, max_new_tokens: int | None) -> tuple[int, Finish]:
+def _room(hf: TextModel, num_prompt_tokens: int, max_new_tokens: int | None) -> tuple[int, Finish]:
     """The most tokens of the answer, and why it ends at that many."""
     wanted = max_new_tokens or hf.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
     limit = context_limit(hf)
@@ -209,7 +210,7 @@ def _room(hf: PreTrainedModel, num_prompt_tokens: int, max_new_tokens: int | Non
     return limit - num_prompt_tokens, "context"
 
 
-def context_limit(hf: PreTrainedModel) -> int | None:
+def context_limit(hf: TextModel) -> int | None:
     """Tokens the model can attend to, prompt and answer together; None where it sets no bound."""
     limit = getattr(hf.config.get_text_config(decoder=True), "max_position_embeddings", None)
     is_bound = isinstance(limit, int) and limit > 0 and not hf.config.is_encoder_decoder

@@ -1,7 +1,6 @@
 """The guesses of one conversation, over all its answers."""
 
-from transformers import PreTrainedModel
-
+from offload_moe.families.text_model import TextModel
 from offload_moe.speculate.choice import Choice
 from offload_moe.speculate.speculation import speculation_of
 from offload_moe.speculate.speculator import Speculator
@@ -10,7 +9,7 @@ from offload_moe.speculate.speculator import Speculator
 class Guessing:
     """Keeps what was learned from one answer for the next, as long as the choice stays the same."""
 
-    def __init__(self, hf: PreTrainedModel) -> None:
+    def __init__(self, hf: TextModel) -> None:
         self._hf = hf
         self._made: tuple[Choice, Speculator | None] = "off", None
 

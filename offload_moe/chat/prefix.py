@@ -6,14 +6,22 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from offload_moe.chat.guessing import Guessing
 from offload_moe.chat.template import common_prefix
 from offload_moe.decode.cache import ROOMY, RoomyLayer, RoomySlidingLayer
 from offload_moe.decode.rotation import Factors, kept_factors, rotation_keeper
+from offload_moe.families.text_model import TextModel
 
+CacheLayer = CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer
 Reuse = Literal["nothing cached", "continued", "cropped", "snapshot", "recomputed", "not supported"]
 
 # Exact types: a subclass may keep more than keys and values.
@@ -30,7 +38,7 @@ class _Snapshot:
     """State after `length` tokens. Layers that can be cropped need no copy: cropping restores their state."""
 
     length: int
-    layers: dict[int, CacheLayerMixin]
+    layers: dict[int, CacheLayer]
     factors: Factors | None
 
 
@@ -42,7 +50,7 @@ class PrefixCache:
     snapshot taken before the last answer.
     """
 
-    def __init__(self, hf: PreTrainedModel) -> None:
+    def __init__(self, hf: TextModel) -> None:
         self._hf = hf
         self._is_supported = continues_exactly(hf)
         self._keeper = rotation_keeper(hf)
@@ -225,7 +233,7 @@ class PrefixCache:
         self._ids = self._ids[: snapshot.length]
 
 
-def continues_exactly(hf: PreTrainedModel) -> bool:
+def continues_exactly(hf: TextModel) -> bool:
     """Whether several passes over one cache give the numbers of a single pass."""
     # "hybrid" is an old default of some checkpoints that generate() itself ignores.
     if (
@@ -240,7 +248,7 @@ def continues_exactly(hf: PreTrainedModel) -> bool:
     return family in CONTINUED_FAMILIES or all(type(layer) in ATTENTION_LAYERS for layer in layers)
 
 
-def _moved(layer: CacheLayerMixin, device: torch.device | str) -> CacheLayerMixin:
+def _moved(layer: CacheLayer, device: torch.device | str) -> CacheLayer:
     """A copy on another device, without room to grow."""
     twin = copy.copy(layer)
     if isinstance(twin, ROOMY):
@@ -261,21 +269,21 @@ def _moved_value(value: Any, device: torch.device | str) -> Any:
     return value
 
 
-def _new_cache(hf: PreTrainedModel) -> DynamicCache:
+def _new_cache(hf: TextModel) -> DynamicCache:
     return DynamicCache(config=hf.config.get_text_config(decoder=True))
 
 
-def _is_plain(layer: CacheLayerMixin) -> bool:
+def _is_plain(layer: CacheLayer) -> bool:
     return type(layer) in (DynamicLayer, RoomyLayer, DummyLayer)
 
 
-def _can_crop(layer: CacheLayerMixin) -> bool:
-    if type(layer) in (DynamicSlidingWindowLayer, RoomySlidingLayer):
+def _can_crop(layer: CacheLayer) -> bool:
+    if isinstance(layer, DynamicSlidingWindowLayer) and type(layer) in (DynamicSlidingWindowLayer, RoomySlidingLayer):
         return bool(layer.get_seq_length() < layer.sliding_window)
     return _is_plain(layer)
 
 
-def _crop_layer(layer: CacheLayerMixin, length: int) -> None:
+def _crop_layer(layer: CacheLayer, length: int) -> None:
     if isinstance(layer, DynamicLayer) and (excess := layer.get_seq_length() - length) > 0:
         # A negative number removes that many tokens; a positive one meant something else in older versions.
         layer.crop(-excess)

@@ -8,7 +8,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Unpack
 
 import torch
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedTokenizerBase
 
 from offload_moe.chat.generation import DEFAULT_MAX_NEW_TOKENS
 from offload_moe.chat.reasoning import Piece
@@ -18,13 +18,14 @@ from offload_moe.chat.stream import TokenStream
 from offload_moe.chat.template import PromptFormat, model_stop_ids
 from offload_moe.checkpoint.token_ids import check_ids, num_embeddings
 from offload_moe.errors import ConfigError
+from offload_moe.families.text_model import TextModel
 from offload_moe.speculate.speculation import speculation_of
 
 Prompt = str | Sequence[Mapping[str, str]]
 
 
 def generate(
-    hf: PreTrainedModel,
+    hf: TextModel,
     tokenizer: PreTrainedTokenizerBase | None,
     prompt: Prompt,
     *,
@@ -36,7 +37,7 @@ def generate(
 
 
 def stream(
-    hf: PreTrainedModel,
+    hf: TextModel,
     tokenizer: PreTrainedTokenizerBase | None,
     prompt: Prompt,
     *,
@@ -50,7 +51,7 @@ def stream(
 
 
 def stream_pieces(
-    hf: PreTrainedModel,
+    hf: TextModel,
     tokenizer: PreTrainedTokenizerBase | None,
     prompt: Prompt,
     *,
@@ -66,7 +67,7 @@ def stream_pieces(
 
 
 def stream_tokens(
-    hf: PreTrainedModel,
+    hf: TextModel,
     tokenizer: PreTrainedTokenizerBase | None,
     input_ids: torch.Tensor,
     *,

@@ -5,13 +5,12 @@ the slots. The size depends on the model and on the kind of device, never on fre
 chunking changes last bits.
 """
 
-from transformers import PreTrainedModel
-
 from offload_moe.chat.prefix import continues_exactly
+from offload_moe.families.text_model import TextModel
 from offload_moe.plan.budget import CPU_PROMPT_TOKENS, DEVICE_PROMPT_TOKENS
 
 
-def prompt_chunk_tokens(hf: PreTrainedModel) -> int | None:
+def prompt_chunk_tokens(hf: TextModel) -> int | None:
     """Tokens per chunk; None where a prompt is computed in one pass, as the family continues no state exactly."""
     if not continues_exactly(hf):
         return None

@@ -12,11 +12,12 @@ from functools import update_wrapper
 from typing import Any
 
 from torch import Tensor
-from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig
 
 from offload_moe.chat.prompt_chunks import prompt_chunk_tokens
 from offload_moe.decode.rotation import RotationKeeper, length_of, rotation_keeper
 from offload_moe.errors import ConfigError
+from offload_moe.families.text_model import TextModel
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ class Recompute:
     `offload_moe.chat.steps` replaces the first one by `begin` and `whole_sequence_of`.
     """
 
-    def __init__(self, hf: Any, keeper: RotationKeeper) -> None:
+    def __init__(self, hf: TextModel, keeper: RotationKeeper) -> None:
         self._hf, self._keeper = hf, keeper
         self._thread = threading.local()
         self._has_warned = False
@@ -38,7 +39,8 @@ class Recompute:
 
     def take_crossed_window(self) -> int | None:
         """The window, in tokens, that a sequence of this thread crossed since the last call; None for none."""
-        return vars(self._thread).pop("crossed_window", None)
+        window: int | None = vars(self._thread).pop("crossed_window", None)
+        return window
 
     def begin(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> int:
         """Empty a cache that does not fit a prompt. Returns the prompt's length, for which its parts are rotated.
@@ -129,7 +131,7 @@ class Recompute:
         cache.reset()
 
 
-def recompute_of(hf: PreTrainedModel) -> Recompute | None:
+def recompute_of(hf: TextModel) -> Recompute | None:
     """Install a `Recompute` in a model that rotates by length, once; None for all other models."""
     replaced = vars(hf).get("_prefill")
     if isinstance(replaced, _Replacement):

@@ -5,9 +5,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self, TypedDict, TypeGuard
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from offload_moe.errors import ConfigError
+from offload_moe.families.text_model import TextModel
 from offload_moe.speculate.choice import CHOICES, Choice, check_choice
 
 # Logits divided by less overflow.
@@ -78,9 +79,7 @@ class Sampling:
             raise ConfigError(f"Unknown setting {', '.join(sorted(unknown))}. The settings are {known}.")
         return cls(**arguments)
 
-    def generation_config(
-        self, hf: PreTrainedModel, *, stop_ids: Collection[int], max_new_tokens: int
-    ) -> GenerationConfig:
+    def generation_config(self, hf: TextModel, *, stop_ids: Collection[int], max_new_tokens: int) -> GenerationConfig:
         """The model's generation config with these settings applied, for one sequence and no compilation."""
         config = copy.deepcopy(hf.generation_config)
         config.max_length = None

@@ -11,7 +11,7 @@ from typing import Unpack
 from weakref import WeakSet
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from offload_moe.chat.answer import Answer
 from offload_moe.chat.chat_template import Message
@@ -22,6 +22,7 @@ from offload_moe.chat.stats import TurnStats
 from offload_moe.chat.template import PromptFormat
 from offload_moe.chat.transcript import check_messages, read_transcript, write_transcript
 from offload_moe.errors import BudgetError, ConfigError
+from offload_moe.families.text_model import TextModel
 from offload_moe.plan.room import ContextRoom
 from offload_moe.residency.counters import Counters
 
@@ -38,7 +39,7 @@ class ChatSession:
 
     def __init__(
         self,
-        hf: PreTrainedModel,
+        hf: TextModel,
         tokenizer: PreTrainedTokenizerBase | None,
         counters: Counters | None = None,
         *,

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 
 from offload_moe.decode import next_logits, takes_rows
 from offload_moe.errors import OffloadMoeError
+from offload_moe.families.text_model import TextModel
 from offload_moe.residency.counters import Counters
 from offload_moe.speculate.row_governor import RowGovernor
 from offload_moe.speculate.speculation import speculation_of
@@ -103,7 +104,7 @@ class Sharing:
         self.governor = RowGovernor()
         self._ready: dict[Member, Row] = {}  # the longest ready one first
 
-    def pays(self, hf: PreTrainedModel) -> bool:
+    def pays(self, hf: TextModel) -> bool:
         """Whether answers at once give more tokens per second than one after another."""
         return speculation_of(hf).may_share and self.governor.pays
 
@@ -128,7 +129,7 @@ class Sharing:
         logits, member.logits = member.logits, None
         return logits
 
-    def compute(self, hf: PreTrainedModel, leader: Member, row: Row) -> Tensor | None:
+    def compute(self, hf: TextModel, leader: Member, row: Row) -> Tensor | None:
         """The logits ``[1, V]`` behind the last token of this answer, computed together with others.
 
         None where it is to be computed alone: no other is ready, sharing does not pay, or the shared pass has failed.
@@ -151,7 +152,7 @@ class Sharing:
         if is_plain and cost.num_rows == 1:
             self.governor.note(1, cost.seconds, cost.num_misses)
 
-    def _partners(self, hf: PreTrainedModel, row: Row) -> list[Member]:
+    def _partners(self, hf: TextModel, row: Row) -> list[Member]:
         """Those whose rows it pays to compute with this one."""
         ready = self._ready.copy()  # at one stroke: answers may end meanwhile, in other threads and as garbage
         number = self.governor.choose(1 + len(ready))
@@ -173,7 +174,7 @@ class Sharing:
                 member.under_way = None
         return claimed
 
-    def _pass(self, hf: PreTrainedModel, rows: Mapping[Member, Row]) -> Tensor | None:
+    def _pass(self, hf: TextModel, rows: Mapping[Member, Row]) -> Tensor | None:
         """Of the first one, which computes."""
         leader, *others = rows
         counters = speculation_of(hf).counters
@@ -191,6 +192,7 @@ class Sharing:
         counters.num_passes += 1
         counters.num_rows += len(rows)
         self.governor.note(len(rows), ended_s - began_s, spent.num_absent)
+        own: Tensor
         own, *logits = found.to(copy=True, dtype=torch.float32).split(1)
         share = _divided(spent, len(rows))
         leader.share.add(share, -len(others))
@@ -200,7 +202,7 @@ class Sharing:
         return own
 
 
-def sharing_of(hf: PreTrainedModel) -> Sharing:
+def sharing_of(hf: TextModel) -> Sharing:
     """That of a model, made at the first use."""
     if _ATTRIBUTE not in vars(hf):
         setattr(hf, _ATTRIBUTE, Sharing())

@@ -19,7 +19,6 @@ from transformers import (
     Cache,
     GenerationConfig,
     LogitsProcessorList,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
     StopStringCriteria,
@@ -37,6 +36,7 @@ from offload_moe.chat.steering import NO_STEERING, Steering
 from offload_moe.chat.stopping import Stops
 from offload_moe.decode.next_token import Draw, TokenPass, Wanted, head_alone_of, token_pass_of
 from offload_moe.errors import ConfigError
+from offload_moe.families.text_model import TextModel
 from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.speculate.speculator import Speculator
 
@@ -64,7 +64,7 @@ class _Request:
 
 
 def steps(
-    hf: PreTrainedModel,
+    hf: TextModel,
     input_ids: Tensor,
     config: GenerationConfig,
     *,
@@ -149,7 +149,7 @@ def steps(
 
 
 def _prepare(
-    hf: PreTrainedModel,
+    hf: TextModel,
     input_ids: Tensor,
     config: GenerationConfig,
     cache: Cache | None,
@@ -192,7 +192,7 @@ def _around_nothing(first: int, ids: Sequence[int]) -> AbstractContextManager[No
     return nullcontext()
 
 
-def _compute_prompt(hf: Any, request: _Request, watched: Watched, passing: Passing) -> Iterator[Tensor | None]:
+def _compute_prompt(hf: TextModel, request: _Request, watched: Watched, passing: Passing) -> Iterator[Tensor | None]:
     """None after each part but the last, then the logits ``[1, V]``."""
     recompute = recompute_of(hf)
     ids = request.sequence.tensor()
@@ -220,7 +220,7 @@ def _compute_prompt(hf: Any, request: _Request, watched: Watched, passing: Passi
     yield _take(hf, request, outputs)
 
 
-def _inputs_of_part(hf: Any, request: _Request, begin: int, end: int) -> dict[str, Any]:
+def _inputs_of_part(hf: TextModel, request: _Request, begin: int, end: int) -> dict[str, Any]:
     inputs = dict(request.inputs)
     if inputs.get("attention_mask") is not None and not hf.config.is_encoder_decoder:
         inputs["attention_mask"] = inputs["attention_mask"][:, :end]
@@ -232,7 +232,7 @@ def _inputs_of_part(hf: Any, request: _Request, begin: int, end: int) -> dict[st
     return prepared
 
 
-def _decode(hf: Any, request: _Request, watched: Watched, num_new: int, guesses: Sequence[int]) -> list[Found]:
+def _decode(hf: TextModel, request: _Request, watched: Watched, num_new: int, guesses: Sequence[int]) -> list[Found]:
     """The logits after the last tokens, by the model's own methods, which take no guesses."""
     assert not guesses
     if num_new > 1:
@@ -248,7 +248,7 @@ def _decode(hf: Any, request: _Request, watched: Watched, num_new: int, guesses:
     return [_take(hf, request, outputs)]
 
 
-def _take(hf: Any, request: _Request, outputs: Any) -> Tensor:
+def _take(hf: TextModel, request: _Request, outputs: Any) -> Tensor:
     request.inputs = hf._update_model_kwargs_for_generation(
         outputs, request.inputs, is_encoder_decoder=hf.config.is_encoder_decoder
     )
@@ -261,7 +261,7 @@ def _last_logits(request: _Request, logits: Tensor, num_rows: int = 1) -> Tensor
     return logits[0, -num_rows:].to(copy=is_part, dtype=torch.float32, device=request.sequence.device)
 
 
-def _is_short(hf: Any, request: _Request) -> bool:
+def _is_short(hf: TextModel, request: _Request) -> bool:
     """Whether the model's own methods pass the token, its position and the cache, and nothing else."""
     is_usual = all(getattr(getattr(hf, name), "__func__", None) is vars(GenerationMixin)[name] for name in OWN_METHODS)
     cache = request.inputs.get("past_key_values")
@@ -278,7 +278,7 @@ def _is_short(hf: Any, request: _Request) -> bool:
 
 
 def _decode_short(
-    hf: Any, request: _Request, token_pass: TokenPass | None, draw: Draw | None, passing: Passing
+    hf: TextModel, request: _Request, token_pass: TokenPass | None, draw: Draw | None, passing: Passing
 ) -> Compute:
     """The logits of `_decode`, without a call of those methods, and behind each guess, too; or the tokens by a draw."""
     inputs, sequence, offset, alone = dict(request.inputs), request.sequence, _offset(request), head_alone_of(hf)
@@ -303,9 +303,11 @@ def _decode_short(
     return compute
 
 
-def _behind(hf: Any, output: Any, num_rows: int) -> Tensor:
+def _behind(hf: TextModel, output: Any, num_rows: int) -> Tensor:
     """The logits ``[1, num_rows, V]`` that the output head gives behind an output of the decoder."""
-    logits: Tensor = hf.get_output_embeddings()(output.last_hidden_state[:, -num_rows:])
+    head = hf.get_output_embeddings()
+    assert head is not None
+    logits: Tensor = head(output.last_hidden_state[:, -num_rows:])
     return logits
 
 
@@ -321,7 +323,7 @@ def _counts_positions(request: _Request) -> bool:
     return offset is None or not offset.any()
 
 
-def _pass(hf: Any, request: _Request, inputs: dict[str, Any], wanted: Wanted, num_rows: int) -> list[Found]:
+def _pass(hf: TextModel, request: _Request, inputs: dict[str, Any], wanted: Wanted, num_rows: int) -> list[Found]:
     """What is behind the last rows, by the decoder alone; where its modules took them, by the output head."""
     output = hf.get_decoder()(**inputs, wanted=wanted)
     if wanted.tokens:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Final, Self
 
 import torch
-from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from offload_moe.chat.recompute import recompute_of
@@ -17,6 +17,7 @@ from offload_moe.chat.steering import NO_STEERING, Steering
 from offload_moe.chat.steps import steps
 from offload_moe.chat.turns import turns_of
 from offload_moe.experts.observer import HookObserver
+from offload_moe.families.text_model import TextModel
 from offload_moe.speculate.speculator import Speculator
 from offload_moe.system.interrupts import HeldInterrupt
 from offload_moe.system.stopping import StoppedInForward, stoppable
@@ -35,7 +36,7 @@ class TokenStream(Iterator[int]):
 
     def __init__(
         self,
-        hf: PreTrainedModel,
+        hf: TextModel,
         input_ids: torch.Tensor,
         generation_config: GenerationConfig,
         *,

@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from offload_moe.chat.chat_template import NO_ARGUMENTS, ChatTemplate, Message
 from offload_moe.chat.reasoning import is_harmony
 from offload_moe.checkpoint.token_ids import check_ids, num_embeddings
 from offload_moe.errors import ConfigError
+from offload_moe.families.text_model import TextModel
 from offload_moe.system.texts import check_text
 
 NO_TEMPLATE = (
@@ -32,7 +33,7 @@ class PromptFormat:
     one reads the last text alone. `notice` is the message about that for the user.
     """
 
-    def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, raw: bool = False) -> None:
+    def __init__(self, hf: TextModel, tokenizer: PreTrainedTokenizerBase | None, *, raw: bool = False) -> None:
         """raw: ignore the chat template. Raises: ConfigError without a tokenizer, or see `ChatTemplate`."""
         if tokenizer is None:
             raise ConfigError(
@@ -72,7 +73,7 @@ class PromptFormat:
         for message in messages:
             check_text(message["content"], f"The {message['role']} message")
         if self._reads_one_text:
-            return messages[-1]["content"]
+            return str(messages[-1]["content"])
         if self._chat_template is None:
             return "\n".join(message["content"] for message in messages)
         return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt, arguments=arguments)
@@ -137,7 +138,7 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     return low
 
 
-def model_stop_ids(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+def model_stop_ids(hf: TextModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
     """The stop tokens of the generation config, and the tokenizer's own end of text."""
     configured = hf.generation_config.eos_token_id
     ids = {*configured} if isinstance(configured, list) else {configured}

@@ -41,6 +41,5 @@ class IncrementalText:
         return now[len(before) :]
 
     def _decode(self, start: int, end: int) -> str:
-        return self._tokenizer.decode(
-            self._ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        ids = self._ids[start:end]
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

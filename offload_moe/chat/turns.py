@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
-from transformers import PreTrainedModel
-
+from offload_moe.families.text_model import TextModel
 from offload_moe.system.stopping import StoppedInForward
 
 # A wait without a timeout cannot be interrupted on Windows.
@@ -40,10 +39,10 @@ class Turns:
                 self._changed.notify_all()
 
 
-_TURNS: WeakKeyDictionary[PreTrainedModel, Turns] = WeakKeyDictionary()
+_TURNS: WeakKeyDictionary[TextModel, Turns] = WeakKeyDictionary()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_TURNS.clear)  # computing threads exist only in the parent
 
 
-def turns_of(hf: PreTrainedModel) -> Turns:
+def turns_of(hf: TextModel) -> Turns:
     return _TURNS.setdefault(hf, Turns())

@@ -7,7 +7,7 @@ tensor, gives the same bits as the whole layer. `check_per_expert` refuses opera
 import copy
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -42,7 +42,7 @@ def convert(
     """
     if group.converter is None:
         return {group.target: next(iter(tensors.values()))[0]}
-    converter = copy.deepcopy(group.converter)  # a converter keeps the tensors it is given
+    converter: Any = copy.deepcopy(group.converter)  # a converter keeps the tensors it is given
     for pattern, values in tensors.items():
         for value in values:
             converter.add_tensor(group.target, group.target, pattern, value)

@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from offload_moe.families.text_model import TextModel
 from offload_moe.system.paths import CONFIG_NAME
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import GenerationConfig
 
 GENERATION_CONFIG = "generation_config.json"
 
 
-def load_generation_config(folder: Path, model: "PreTrainedModel") -> "tuple[GenerationConfig, str | None]":
+def load_generation_config(folder: Path, model: TextModel) -> "tuple[GenerationConfig, str | None]":
     """The settings, and a notice if the file exists but is not usable; then it is left out, as in transformers.
 
     model: or its skeleton, with which they are tried; transformers would fail at the first answer.
@@ -39,7 +40,7 @@ def load_generation_config(folder: Path, model: "PreTrainedModel") -> "tuple[Gen
     return GenerationConfig.from_pretrained(folder, config_file_name=CONFIG_NAME, _from_model_config=True), notice
 
 
-def _try(model: "PreTrainedModel", config: "GenerationConfig") -> None:
+def _try(model: TextModel, config: "GenerationConfig") -> None:
     """Make of the settings what the first step of an answer makes of them. Raises: what that raises."""
     from transformers import LogitsProcessorList
 

@@ -138,7 +138,8 @@ def _one_row(vector: Tensor) -> Tensor:
 
 def _halves(num_heads: int, whole: Tensor) -> Tensor:
     """llama.cpp rotates pairs of neighbours, transformers pairs from the two halves."""
-    return whole.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    pairs: Tensor = whole.unflatten(0, (num_heads, -1, 2))
+    return pairs.transpose(1, 2).flatten(0, 2)
 
 
 def _gate_before_up(gate: Tensor, up: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ def _turned(*rows: Tensor) -> Tensor:
 
 def _blocks(*raw: Tensor) -> Tensor:
     """ggml has elements 0 to 15 of a block in low nibbles and 16 to 31 in high ones; MXFP4 has neighbours in a byte."""
-    bytes_ = _interleave(*raw).unflatten(-1, (-1, 17))[..., 1:]
+    bytes_: Tensor = _interleave(*raw).unflatten(-1, (-1, 17))[..., 1:]
     if bytes_.is_meta:
         return bytes_
     codes = torch.cat([bytes_ & 15, bytes_ >> 4], dim=-1)
@@ -169,4 +170,5 @@ def _blocks(*raw: Tensor) -> Tensor:
 
 
 def _scales(*raw: Tensor) -> Tensor:
-    return _interleave(*raw).unflatten(-1, (-1, 17))[..., 0]
+    scales: Tensor = _interleave(*raw).unflatten(-1, (-1, 17))[..., 0]
+    return scales

@@ -164,7 +164,7 @@ def _reporting(on_bytes: OnBytes, present: int) -> "type[tqdm]":
     class Reporting(tqdm):
         def __init__(self, *arguments: Any, **settings: Any) -> None:
             self._done = present
-            super().__init__(*arguments, **{**settings, "disable": True})
+            super().__init__(*arguments, **{**settings, "disable": True})  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> None:
             self._done += int(n or 0)

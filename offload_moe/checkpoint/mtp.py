@@ -13,7 +13,7 @@ import copy
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -24,9 +24,10 @@ from offload_moe.checkpoint.tensors import TensorSource
 from offload_moe.checkpoint.unused import with_a_meaning
 from offload_moe.checkpoint.weights import ModelWeights
 from offload_moe.errors import CheckpointError, UnsupportedModelError
+from offload_moe.families.text_model import TextModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 FAMILIES = frozenset({"deepseek_v3", "glm4_moe", "glm4_moe_lite"})  # those that bring it as one more decoder layer
 OWN = ("enorm", "hnorm", "eh_proj")  # beside the decoder layer, as children of the module
@@ -40,7 +41,7 @@ NAMES = {f"{name}.weight": f"{name}.weight" for name in OWN} | {
 }
 
 
-def build_mtp(config: "PreTrainedConfig") -> "PreTrainedModel | None":
+def build_mtp(config: "PreTrainedConfig") -> TextModel | None:
     """The module of a model of this config on `meta`; None where its family has none of a known form.
 
     A model of one layer, with the projection in front of it: `enorm`, `hnorm` and `eh_proj`.
@@ -50,7 +51,7 @@ def build_mtp(config: "PreTrainedConfig") -> "PreTrainedModel | None":
     config = copy.deepcopy(config)
     config.num_hidden_layers, config.tie_word_embeddings = 1, False
     config.first_k_dense_replace, config.mlp_layer_types = 0, ["sparse"]  # families have the one or the other
-    module: Any = build_skeleton(config)
+    module = build_skeleton(config)
     norm, size = module.get_decoder().norm, config.hidden_size
     module.enorm, module.hnorm = copy.deepcopy(norm), copy.deepcopy(norm)
     module.eh_proj = nn.Linear(2 * size, size, bias=False, device="meta", dtype=norm.weight.dtype)
@@ -70,7 +71,7 @@ def brings_mtp(config: "PreTrainedConfig", names: Collection[str]) -> bool:
 class MtpWeights(ModelWeights):
     """The weights of the module. sources: the checkpoint's tensors that it has."""
 
-    def __init__(self, folder: Path, module: "PreTrainedModel", tensors: "RenamedTensors", *, can_read: bool) -> None:
+    def __init__(self, folder: Path, module: TextModel, tensors: "RenamedTensors", *, can_read: bool) -> None:
         """can_read: whether values can be read now.
 
         Raises: CheckpointError naming a tensor that is missing, unexpected or of a wrong shape; UnsupportedModelError.
@@ -84,7 +85,7 @@ class MtpWeights(ModelWeights):
 
 
 def find_mtp(
-    folder: Path, model: "PreTrainedModel", tensors: TensorSource, left_out: Sequence[str], *, can_read: bool
+    folder: Path, model: TextModel, tensors: TensorSource, left_out: Sequence[str], *, can_read: bool
 ) -> tuple[MtpWeights | None, tuple[str, ...]]:
     """The module's weights, and notices for the user. left_out: the tensors that the model itself does not have."""
     names = _names(model, left_out)
@@ -102,7 +103,7 @@ def find_mtp(
         )
 
 
-def _names(model: "PreTrainedModel", left_out: Sequence[str]) -> dict[str, str]:
+def _names(model: TextModel, left_out: Sequence[str]) -> dict[str, str]:
     """Names in the module -> names in the checkpoint, of the first layer behind the model's own."""
     first = getattr(model.config, "num_hidden_layers", None)
     found = ((re.fullmatch(rf"(?:.*\.)?layers\.{first}\.(.+)", name), name) for name in left_out)

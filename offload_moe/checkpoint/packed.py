@@ -26,8 +26,9 @@ def unpack(words: Tensor, bits: int) -> Tensor:
         return numbers
     if bits == 4:
         return torch.stack([numbers & 15, numbers >> 4], dim=-1).flatten(1)
-    single = torch.from_numpy(np.unpackbits(numbers.numpy(), axis=1, bitorder="little")).unflatten(1, (-1, bits))
-    return (single << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    single = torch.from_numpy(np.unpackbits(numbers.numpy(), axis=1, bitorder="little"))
+    codes: Tensor = single.unflatten(1, (-1, bits))
+    return (codes << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
 
 
 def find_parts(

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from offload_moe.checkpoint.extended import register_model
 from offload_moe.checkpoint.json_file import read_json
 from offload_moe.errors import CheckpointError, UnsupportedModelError
+from offload_moe.families.text_model import TextModel
 from offload_moe.system.paths import CONFIG_NAME
 
 if TYPE_CHECKING:
@@ -54,9 +55,10 @@ def load_config(folder: Path) -> "PreTrainedConfig":
             "installed package."
         )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        known: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a config class may raise anything for foreign values
         raise CheckpointError(f"{folder / 'config.json'} is not a usable {model_type} config: {error}") from error
+    return known
 
 
 def _config_by_architecture(folder: Path, raw: dict[str, Any]) -> "PreTrainedConfig | None":
@@ -84,7 +86,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def build_skeleton(config: "PreTrainedConfig") -> "PreTrainedModel":
+def build_skeleton(config: "PreTrainedConfig") -> TextModel:
     """The model of this config, with parameters on `meta` and real buffers; the config itself is not modified.
 
     The model is unquantized, even if its checkpoint is quantized, because weights are read as numbers.
@@ -100,7 +102,7 @@ def build_skeleton(config: "PreTrainedConfig") -> "PreTrainedModel":
         del config.quantization_config
     try:
         with init_empty_weights(include_buffers=False), _EmptyOnMeta():
-            model = model_class.from_config(config, trust_remote_code=False)
+            model: TextModel = model_class.from_config(config, trust_remote_code=False)
     except Exception as error:  # a model class may raise anything for unexpected values
         raise UnsupportedModelError(f"transformers cannot build this {config.model_type} model: {error}") from error
     _name_decoders(model)
@@ -108,7 +110,8 @@ def build_skeleton(config: "PreTrainedConfig") -> "PreTrainedModel":
     stranded = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if stranded:
         raise UnsupportedModelError(f"{type(model).__name__}: buffer {stranded[0]} was left without a value.")
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _name_decoders(model: nn.Module) -> None:
@@ -128,7 +131,7 @@ def _name_decoders(model: nn.Module) -> None:
             vars(module)["decoder"] = inner
 
 
-def skeleton_in(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
+def skeleton_in(folder: Path, dtype: torch.dtype) -> TextModel:
     """The skeleton of a folder's model, computing in this dtype. The config is read anew: two models share nothing."""
     config = load_config(folder)
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
@@ -192,7 +195,7 @@ def auto_class(config: "PreTrainedConfig") -> "type[AutoModelForCausalLM]":
     import transformers
 
     for name in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM"):
-        candidate = getattr(transformers, name)
+        candidate: type[AutoModelForCausalLM] = getattr(transformers, name)
         if type(config) in candidate._model_mapping:
             return candidate
     raise UnsupportedModelError(f"transformers has no text-generating model for model type {config.model_type!r}.")

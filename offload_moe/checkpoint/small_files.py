@@ -8,9 +8,10 @@ from offload_moe.checkpoint.generation import GENERATION_CONFIG, load_generation
 from offload_moe.checkpoint.source import metadata_files
 from offload_moe.checkpoint.tokenizer import damaged_file, load_tokenizer, tokenizer_notices
 from offload_moe.errors import CheckpointError
+from offload_moe.families.text_model import TextModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +25,7 @@ class SmallFiles:
     notices: tuple[str, ...]
 
 
-def read_small_files(folder: Path, model: "PreTrainedModel") -> SmallFiles:
+def read_small_files(folder: Path, model: TextModel) -> SmallFiles:
     """Read and check the small files of a model folder.
 
     model: the skeleton, for checks against it.

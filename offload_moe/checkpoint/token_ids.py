@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from offload_moe.errors import ConfigError
+from offload_moe.families.text_model import TextModel
 
 
 def num_embeddings(model: Any) -> int:
@@ -29,7 +30,7 @@ def check_ids(ids: Sequence[int], num_rows: int, tokenizer: Any = None, text: st
     )
 
 
-def watch_ids(hf: Any) -> None:
+def watch_ids(hf: TextModel) -> None:
     """Check ids in every call of the model; on a device only in prompts, because the check waits for the device."""
     num_rows = num_embeddings(hf)
 

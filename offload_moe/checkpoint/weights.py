@@ -18,9 +18,10 @@ from offload_moe.checkpoint.piece_reader import PieceReader
 from offload_moe.checkpoint.tensors import TensorSource, row_runs
 from offload_moe.checkpoint.ties import untie
 from offload_moe.errors import CheckpointError
+from offload_moe.families.text_model import TextModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 COMPARED_BYTES = 1 << 22  # read at a time of a tensor, for each byte of a number
 
@@ -44,12 +45,12 @@ class ModelWeights:
     `model` is the skeleton on `meta`; `layers` are its experts modules in order; `dense` is everything else.
     """
 
-    model: "PreTrainedModel"
+    model: TextModel
     layers: tuple[ExpertsModule, ...]
     dense: dict[str, DenseTensor]
 
     def __init__(
-        self, folder: Path, model: "PreTrainedModel", tensors: TensorSource, shared: frozenset[str] = frozenset()
+        self, folder: Path, model: TextModel, tensors: TensorSource, shared: frozenset[str] = frozenset()
     ) -> None:
         """shared: parameters of the model that belong to another one."""
         self.folder, self.model, self.tensors = folder, model, tensors

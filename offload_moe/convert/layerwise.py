@@ -22,6 +22,7 @@ from offload_moe.errors import CheckpointError, UnsupportedModelError
 from offload_moe.experts.attach import detach_parameters
 from offload_moe.experts.per_expert import ReferenceArithmetic
 from offload_moe.experts.routing import group_by_expert
+from offload_moe.families.text_model import TextModel
 from offload_moe.quant import get_codec
 
 DTYPE = torch.float32
@@ -53,7 +54,7 @@ def record_inputs(checkpoint: Checkpoint, ids: Tensor, linears: Iterable[str], l
     Raises: UnsupportedModelError where the model's layers cannot run one by one; CheckpointError for NaN weights and
         for layers that give no finite numbers; TransferError.
     """
-    hf: Any = skeleton_in(checkpoint.folder, DTYPE)
+    hf: TextModel = skeleton_in(checkpoint.folder, DTYPE)
     if hf.config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{type(hf).__name__} has an encoder: its inputs cannot be calibrated. Leave --calibrate out."
@@ -123,7 +124,7 @@ def _of_linear(name: str, recorder: _Recorder) -> Callable[[nn.Module, tuple[Ten
 class _Weights:
     """The dense weights of a skeleton, read when they are needed."""
 
-    def __init__(self, hf: Any, checkpoint: Checkpoint) -> None:
+    def __init__(self, hf: TextModel, checkpoint: Checkpoint) -> None:
         self._hf = hf
         self._checkpoint = checkpoint
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, EncoderDecoderCache, PreTrainedModel
+from transformers import Cache, EncoderDecoderCache
 
 from offload_moe.decode.cache import give_room
 from offload_moe.decode.delta import fuse_delta_rules
@@ -27,6 +27,7 @@ from offload_moe.decode.report import DENSE, LayerPath, layer_paths, tell_reason
 from offload_moe.decode.router import shorten_routers
 from offload_moe.decode.rows import keep_next, next_logits, roll_back, takes_rows, takes_several, why_no_rows
 from offload_moe.decode.shorten import shorten_attention
+from offload_moe.families.text_model import TextModel
 from offload_moe.residency.hierarchy import Hierarchy
 
 __all__ = [
@@ -78,7 +79,7 @@ class FastPath:
 
 
 def make_fast(
-    hf: PreTrainedModel,
+    hf: TextModel,
     *,
     is_exact: bool,
     context: int | None = None,
@@ -112,7 +113,7 @@ def make_fast(
     return FastPath(why_none=why_none, layers=layer_paths(hf, planned.paths))
 
 
-def pass_rows(hf: PreTrainedModel, sequences: Sequence[NextTokens]) -> Tensor | None:
+def pass_rows(hf: TextModel, sequences: Sequence[NextTokens]) -> Tensor | None:
     """The next tokens of several sequences, each with a cache of its own, in one pass of the decoder.
 
     sequences: of each the ids ``[n]`` of its next tokens, and its cache, which gets them; `MAX_ROWS` tokens in all at
@@ -124,12 +125,12 @@ def pass_rows(hf: PreTrainedModel, sequences: Sequence[NextTokens]) -> Tensor | 
     return forward.pass_rows(sequences) if isinstance(forward, DecoderForward) else None
 
 
-def make_room(hf: PreTrainedModel, context: int | None, kept: torch.dtype | None) -> None:
+def make_room(hf: TextModel, context: int | None, kept: torch.dtype | None) -> None:
     """Let the caches that the model is given grow in place. context, kept: as of `RoomyLayer`."""
     hf.get_decoder().register_forward_pre_hook(partial(_give_room, context, kept), with_kwargs=True)
 
 
-def _why_none(hf: PreTrainedModel, *, is_exact: bool) -> str:
+def _why_none(hf: TextModel, *, is_exact: bool) -> str:
     if is_exact:
         return "its numbers are kept bit for bit"
     if hf.device.type != "cpu" or hf.dtype != torch.float32:

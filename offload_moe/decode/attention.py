@@ -30,7 +30,7 @@ class DecodeAttention:
 
     def __init__(self, attention: Any, rotary: StepRotary) -> None:
         self._module = attention
-        self._prompt_forward = attention.forward
+        self._prompt_forward: Callable[..., tuple[Tensor, Tensor | None]] = attention.forward
         self.rotary = rotary
         self._project = joint_or_separate(attention)
         self._head_dim: int = attention.head_dim
@@ -129,6 +129,6 @@ def sdpa_step(
 
 def _normed(norm: Any, states: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Each head's norm, or one over all heads, whichever its weight is made for."""
-    if norm.weight.numel() == shape[-1]:
-        return norm(states.view(shape))
-    return norm(states).view(shape)
+    is_of_heads = norm.weight.numel() == shape[-1]
+    normed: Tensor = norm(states.view(shape) if is_of_heads else states)
+    return normed.view(shape)

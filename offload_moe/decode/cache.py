@@ -150,7 +150,7 @@ class RoomyLayer(InRoom, DynamicLayer):
 
         kept: the dtype of keys and values in memory; None: the one they come in.
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.context, self.kept = context, kept
 
     @classmethod
@@ -319,6 +319,15 @@ ROOMY = (RoomyLayer, RoomySlidingLayer)
 GOING_BACK = (*ROOMY, StatesLayer)  # layers whose last pass can be taken back
 
 
+def returning_layers(cache: Cache) -> list[RoomyLayer | RoomySlidingLayer | StatesLayer]:
+    """The layers of a cache all of whose layers can go back."""
+    layers = []
+    for layer in cache.layers:
+        assert isinstance(layer, GOING_BACK), type(layer)
+        layers.append(layer)
+    return layers
+
+
 def begin(cache: Any, index: int, keys: Tensor, values: Tensor) -> None:
     """Give the cache of one sequence a layer of ours, where it has none of this index yet.
 
@@ -347,7 +356,7 @@ def give_room(cache: Cache, context: int | None = None, kept: torch.dtype | None
         elif type(layer) is LinearAttentionLayer:
             cache.layers[index] = StatesLayer.of(layer)
     if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = partial(RoomyLayer, context, kept)
+        cache.layer_class_to_replicate = partial(RoomyLayer, context, kept)  # type: ignore[assignment]  # is called
 
 
 def _in_steps(num_tokens: int) -> int:

@@ -114,7 +114,7 @@ class QuantLinear(nn.Module):
         was_in_panels, rows = self.in_panels, None
         if was_in_panels and not self._keeps_panels and not fn(self.record[:0]).is_cpu:
             rows = fn(self.in_rows())
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if rows is not None:
             self.record = rows
         elif self._order is not None and self.in_panels and not was_in_panels:

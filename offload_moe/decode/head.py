@@ -10,16 +10,17 @@ from torch import Tensor, nn
 from offload_moe.decode.hooks import Bypass
 from offload_moe.decode.probe import Refused, answer
 from offload_moe.decode.wiring import Wiring
+from offload_moe.families.text_model import TextModel
 
 
-def head_alone(hf: Any, wiring: Wiring) -> Bypass | None:
+def head_alone(hf: TextModel, wiring: Wiring) -> Bypass | None:
     """What is passed by where the head is called behind the decoder. None where its products are not the logits."""
     head = hf.get_output_embeddings()
     return Bypass([hf], ()) if isinstance(head, nn.Module) and gives_products(hf, head, wiring) else None
 
 
 @torch.inference_mode()
-def gives_products(hf: Any, head: nn.Module, wiring: Wiring) -> bool:
+def gives_products(hf: TextModel, head: nn.Module, wiring: Wiring) -> bool:
     """Whether the model is its decoder and its head, and its logits are what the head gives for the decoder's hidden
     state, by a rehearsal with stand-ins for both."""
     decoder, given = hf.get_decoder(), []

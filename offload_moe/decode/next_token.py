@@ -5,11 +5,12 @@ T tokens, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from offload_moe.decode.hooks import Bypass
+from offload_moe.families.text_model import TextModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +53,14 @@ class TokenPass(Protocol):
         """Count a token that it has chosen; or that was chosen elsewhere from its logits, in so many seconds."""
 
 
-def token_pass_of(hf: Any) -> TokenPass | None:
+def token_pass_of(hf: TextModel) -> TokenPass | None:
     """The pass of a model; None where its head is not in it."""
     forward = vars(hf.get_decoder()).get("forward")
     found: TokenPass | None = getattr(forward, "token_pass", None)
     return found
 
 
-def head_alone_of(hf: Any) -> Bypass | None:
+def head_alone_of(hf: TextModel) -> Bypass | None:
     """While it is clear, the head behind the decoder gives the model's logits, without the model's own forward.
 
     None where it does not, or that is not known.

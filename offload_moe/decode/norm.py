@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from offload_moe.decode.probe import Refused, agree, answer, probes, structure
 from offload_moe.families.read_layer import layer_spec
+from offload_moe.families.text_model import TextModel
 from offload_moe.native import kernels
 
 
@@ -93,11 +94,11 @@ class _Recognized:
 
 
 @torch.inference_mode()
-def fuse_layer_norms(hf: Any) -> int:
+def fuse_layer_norms(hf: TextModel) -> int:
     """Make the layer norms of declared layers, and the one behind them, kernel calls. Returns how many."""
     is_same: dict[Hashable, bool] = {}
     num_fused = 0
-    for norm in filter(_has_kernel, _declared_norms(hf.get_decoder())):
+    for norm in (each for each in _declared_norms(hf.get_decoder()) if _has_kernel(each)):
         fused, kind = FusedLayerNorm(norm), structure(norm)
         if kind not in is_same:
             inputs = probes((3, fused.kernel.length), torch.float32, torch.device("cpu"))

@@ -23,6 +23,7 @@ from offload_moe.decode.states import StatesLayer
 from offload_moe.decode.wiring import Wiring, wiring_of
 from offload_moe.families.layer_spec import LayerSpec
 from offload_moe.families.read_layer import layer_spec
+from offload_moe.families.text_model import TextModel
 from offload_moe.residency.hierarchy import Hierarchy
 
 Found = NativeLayer | tuple[str, ...]  # a layer, or why it is called as a module
@@ -125,7 +126,7 @@ class Planned:
     paths: dict[nn.Module, LayerPath]
 
 
-def plan_pass(hf: Any, hierarchy: Hierarchy | None, cache_dtype: torch.dtype) -> Planned:
+def plan_pass(hf: TextModel, hierarchy: Hierarchy | None, cache_dtype: torch.dtype) -> Planned:
     """The plan for the decoder of a model whose modules were made fast before.
 
     hierarchy: where its experts are. cache_dtype: of what attention keeps.

@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
+
+from offload_moe.families.text_model import TextModel
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +135,7 @@ class LengthRotary:
         return tuple(part[..., :-1, :] for part in rotated) if isinstance(rotated, tuple) else rotated[..., :-1, :]
 
 
-def rotation_keeper(hf: PreTrainedModel) -> RotationKeeper | None:
+def rotation_keeper(hf: TextModel) -> RotationKeeper | None:
     """The keeper of a model that rotates by length, put in place by the first call; None for all other models."""
     if _ATTRIBUTE not in vars(hf):
         setattr(hf, _ATTRIBUTE, _install(hf))
@@ -152,7 +154,7 @@ def length_of(position_ids: Tensor) -> int:
     return int(position_ids.max()) + 1
 
 
-def _install(hf: PreTrainedModel) -> RotationKeeper | None:
+def _install(hf: TextModel) -> RotationKeeper | None:
     decoder: Any = hf.get_decoder()
     windows = {module: _windows(module) for module in decoder.modules() if rotates_by_length(module)}
     if not windows:

@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 
-from offload_moe.decode.cache import GOING_BACK
+from offload_moe.decode.cache import GOING_BACK, returning_layers
 from offload_moe.decode.dense import QuantLinear
 from offload_moe.decode.forward import DecoderForward, Seam, SeveralCaches
 from offload_moe.decode.rotation import rotation_keeper
 from offload_moe.decode.states import StatesLayer
+from offload_moe.families.text_model import TextModel
 
 
-def why_no_rows(hf: PreTrainedModel) -> str:
+def why_no_rows(hf: TextModel) -> str:
     """Why a pass of several tokens does not have the bits of passes of each; empty where it has."""
     forward = _forward_of(hf)
     if forward is None:
@@ -32,7 +33,7 @@ def why_no_rows(hf: PreTrainedModel) -> str:
     return ""
 
 
-def takes_rows(hf: PreTrainedModel, cache: Any, num_tokens: int) -> bool:
+def takes_rows(hf: TextModel, cache: Any, num_tokens: int) -> bool:
     """Whether so many next tokens can be passed at once behind this cache; where `why_no_rows` is empty."""
     forward = _forward_of(hf)
     if forward is None or not all(type(layer) in GOING_BACK for layer in cache.layers):
@@ -40,7 +41,7 @@ def takes_rows(hf: PreTrainedModel, cache: Any, num_tokens: int) -> bool:
     return forward.takes(cache, num_tokens)
 
 
-def takes_several(hf: PreTrainedModel) -> bool:
+def takes_several(hf: TextModel) -> bool:
     """Whether a pass may have rows of several sequences; not on a card."""
     return isinstance(_forward_of(hf), DecoderForward)
 
@@ -55,12 +56,12 @@ def keep_next(cache: Cache) -> None:
 @torch.inference_mode()
 def roll_back(cache: Cache, num_tokens: int) -> None:
     """Take back the last tokens of the last pass, before which there was a `keep_next`."""
-    for layer in cache.layers:
+    for layer in returning_layers(cache):
         layer.roll_back(num_tokens)
 
 
 @torch.inference_mode()
-def next_logits(hf: PreTrainedModel, tokens: Sequence[int], caches: Sequence[Cache]) -> Tensor:
+def next_logits(hf: TextModel, tokens: Sequence[int], caches: Sequence[Cache]) -> Tensor:
     """One pass for the next token of each of several sequences: the logits ``[T, V]`` behind them.
 
     caches: of each sequence, which gets the token; different ones, `MAX_ROWS` at most, of which `takes_rows` is true,
@@ -82,7 +83,7 @@ def next_logits(hf: PreTrainedModel, tokens: Sequence[int], caches: Sequence[Cac
 
 def _shorten(cache: Cache, lengths: Sequence[int]) -> None:
     """Take back what a pass that was not completed has counted in some layers."""
-    for layer, length in zip(cache.layers, lengths, strict=True):
+    for layer, length in zip(returning_layers(cache), lengths, strict=True):
         if excess := _length(layer) - length:
             layer.roll_back(excess)
 
@@ -93,6 +94,6 @@ def _length(layer: Any) -> int:
     return length
 
 
-def _forward_of(hf: PreTrainedModel) -> Seam | None:
+def _forward_of(hf: TextModel) -> Seam | None:
     forward = vars(hf.get_decoder()).get("forward")
     return forward if isinstance(forward, Seam) else None

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from offload_moe.decode.attention import DecodeAttention
 from offload_moe.decode.cache import give_room
@@ -146,6 +147,15 @@ def _agrees(
     return True
 
 
+def _kept(cache: Cache) -> list[Tensor]:
+    """Keys and values of the last layer, which has some."""
+    layer = cache.layers[-1]
+    assert isinstance(layer, DynamicLayer)
+    assert layer.keys is not None
+    assert layer.values is not None
+    return [layer.keys, layer.values]
+
+
 @torch.inference_mode()
 def _steps_alike(module: Any, short: DecodeAttention, step: AttentionStep, embeddings: PositionEmbeddings) -> bool:
     """Whether the kernel call gives what the separate operations give, and leaves the same in the cache."""
@@ -156,7 +166,7 @@ def _steps_alike(module: Any, short: DecodeAttention, step: AttentionStep, embed
         for cache, short.step in zip(caches, (None, step), strict=True):
             give_room(cache, kept=step.cache_dtype)
             results.append(short(hidden, position_embeddings=(cos, sin), past_key_values=cache)[0])
-        results += [part for cache in caches for part in (cache.layers[-1].keys, cache.layers[-1].values)]
+        results += [part for cache in caches for part in _kept(cache)]
         got, expected = (results[1], *results[4:]), (results[0], *results[2:4])
         pairs = zip(got, expected, strict=True)
         if not all(agree(ours, theirs, is_exact=False, tolerance=STEP_TOLERANCE) for ours, theirs in pairs):
@@ -185,7 +195,7 @@ def _attends_alike(
         got = [short(hidden, past_key_values=ours, **arguments)[0]]
         short.cached, short.step = None, step
         for each, cache in ((got, ours), (expected, theirs)):
-            each += [cache.layers[-1].keys, cache.layers[-1].values]
+            each += _kept(cache)
         pairs = zip(got, expected, strict=True)
         if not all(agree(mine, other, is_exact=False, tolerance=STEP_TOLERANCE) for mine, other in pairs):
             return False

@@ -61,7 +61,10 @@ class StatesLayer(LinearAttentionLayer):
     def places(self, num_tokens: int) -> list[int]:
         """Count more tokens, whose states native calls write: the fields of `rooms_array` of each."""
         if not self._begin(num_tokens):
-            return state_places(self.conv_states[0], self.recurrent_states[0], [(0, 0)] * num_tokens)
+            inputs, state = self.conv_states[0], self.recurrent_states[0]
+            assert inputs is not None
+            assert state is not None
+            return state_places(inputs, state, [(0, 0)] * num_tokens)
         inputs, state = self.rings
         self._present(self._trail[-1])
         return state_places(inputs, state, pairwise(self._trail))

@@ -222,7 +222,8 @@ def _rehearse(
 
 def _filled_cache(decoder: Any) -> DynamicCache:
     cache = DynamicCache()
-    cache.update(*(torch.zeros(1, 1, NUM_CACHED, 8, device=decoder.device, dtype=decoder.dtype) for _ in "kv"), 0)
+    keys, values = (torch.zeros(1, 1, NUM_CACHED, 8, device=decoder.device, dtype=decoder.dtype) for _ in "kv")
+    cache.update(keys, values, 0)
     return cache
 
 

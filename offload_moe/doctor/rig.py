@@ -4,13 +4,13 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from offload_moe.doctor.copiers import MakeCopier
 from offload_moe.engine.build import Blueprint, build, pools_of
+from offload_moe.families.text_model import TextModel
 from offload_moe.residency.hierarchy import Hierarchy
 from offload_moe.residency.residency import SlotState
 from offload_moe.store import Store
@@ -38,7 +38,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rig:
-    hf: Any
+    hf: TextModel
     experts: list[nn.Module]
     hierarchy: Hierarchy
 

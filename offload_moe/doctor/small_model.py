@@ -8,6 +8,7 @@ from torch import Tensor
 
 from offload_moe.checkpoint.experts import find_experts
 from offload_moe.convert.quantize import quantize
+from offload_moe.families.text_model import TextModel
 from offload_moe.quant import get_codec
 from offload_moe.store import Store
 
@@ -45,7 +46,7 @@ class SmallModel:
         """transformers' own model in fp32, its experts replaced by the decoded records of the store."""
         from transformers import AutoModelForCausalLM
 
-        hf = AutoModelForCausalLM.from_pretrained(
+        hf: Any = AutoModelForCausalLM.from_pretrained(
             self.checkpoint, dtype=torch.float32, experts_implementation="eager", local_files_only=True
         )
         store = self.stores[codec]
@@ -57,7 +58,7 @@ class SmallModel:
         return hf.to(device).eval()
 
 
-def logits_of(hf: Any) -> Tensor:
+def logits_of(hf: TextModel) -> Tensor:
     """Logits of a prompt and of steps with the cache, on the CPU, ``[positions, vocabulary]``.
 
     The tokens are fixed, so that a small difference does not change later tokens.

@@ -15,6 +15,7 @@ from offload_moe.checkpoint.ties import share_tied_weights, untie
 from offload_moe.decode.dense import NarrowEmbedding, QuantLinear, RecordEmbedding, lookup_tables, quantize_linear
 from offload_moe.errors import StoreError
 from offload_moe.experts.attach import detach_parameters
+from offload_moe.families.text_model import TextModel
 from offload_moe.quant import get_codec
 from offload_moe.quant.gguf import parse_gguf
 from offload_moe.store import Store
@@ -25,7 +26,7 @@ from offload_moe.store.manifest import DenseEntry
 class Assembled:
     """The model without experts, and its experts modules in layer order. notices: messages for the user."""
 
-    hf: Any
+    hf: TextModel
     layers: list[ExpertsModule]
     notices: tuple[str, ...] = ()
 
@@ -36,7 +37,7 @@ class DtypePlan:
     Source: transformers/core_model_loading.py, `convert_and_load_state_dict_in_model` step 3.
     """
 
-    def __init__(self, hf: Any, dtype: torch.dtype) -> None:
+    def __init__(self, hf: TextModel, dtype: torch.dtype) -> None:
         from transformers.core_model_loading import build_glob_alternation
 
         plan = hf._get_dtype_plan(dtype)
@@ -128,16 +129,18 @@ class _Order(TypedDict):
     keeps_panels: bool
 
 
-def _set_table(hf: Any, name: str, record: Tensor, entry: DenseEntry, *, is_exact: bool) -> None:
+def _set_table(hf: TextModel, name: str, record: Tensor, entry: DenseEntry, *, is_exact: bool) -> None:
     """An embedding in a type of GGUF; a head that shares it gets the same record in panels."""
     assert entry.quantized is not None
     codec = parse_gguf(entry.codec or "")
     assert codec is not None
     head, embedding = hf.get_output_embeddings(), hf.get_input_embeddings()
-    if type(head) is nn.Linear and head.weight is embedding.weight:
+    weight = embedding.weight
+    assert isinstance(weight, Tensor)
+    if type(head) is nn.Linear and head.weight is weight:
         found = next(found for found, module in hf.named_modules() if module is head)
         _replace(hf, found, QuantLinear(record.clone(), entry.quantized, codec, is_exact=is_exact))
-    hf.set_submodule(name, RecordEmbedding(record, entry.quantized, codec, embedding.weight.dtype))
+    hf.set_submodule(name, RecordEmbedding(record, entry.quantized, codec, weight.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +151,7 @@ class _TiedHead:
     embedding: str
 
 
-def _tied_head(hf: Any) -> _TiedHead | None:
+def _tied_head(hf: TextModel) -> _TiedHead | None:
     head, embedding = hf.get_output_embeddings(), hf.get_input_embeddings()
     if type(head) is not nn.Linear or head.weight is not getattr(embedding, "weight", None):
         return None
@@ -166,12 +169,12 @@ def _check_layers(store: Store, layers: Sequence[ExpertsModule]) -> None:
         )
 
 
-def _dtype_of(hf: Any, name: str, dtypes: DtypePlan) -> torch.dtype:
+def _dtype_of(hf: TextModel, name: str, dtypes: DtypePlan) -> torch.dtype:
     owner, leaf = _owner(hf, name)
     return dtypes.of(name, getattr(owner, leaf).dtype)
 
 
-def _set_tensor(hf: Any, name: str, tensor: Tensor, device: torch.device, dtypes: DtypePlan) -> None:
+def _set_tensor(hf: TextModel, name: str, tensor: Tensor, device: torch.device, dtypes: DtypePlan) -> None:
     owner, leaf = _owner(hf, name)
     value = tensor.to(device=device, dtype=_dtype_of(hf, name, dtypes))
     if leaf in owner._parameters:
@@ -180,7 +183,7 @@ def _set_tensor(hf: Any, name: str, tensor: Tensor, device: torch.device, dtypes
         owner.register_buffer(leaf, value)
 
 
-def _replace(hf: Any, name: str, linear: QuantLinear) -> None:
+def _replace(hf: TextModel, name: str, linear: QuantLinear) -> None:
     owner, leaf = _owner(hf, name)
     old = getattr(owner, leaf)
     if old.bias is not None and not linear.shape.biases:  # else the record holds it
@@ -188,6 +191,6 @@ def _replace(hf: Any, name: str, linear: QuantLinear) -> None:
     setattr(owner, leaf, linear)
 
 
-def _owner(hf: Any, name: str) -> tuple[Any, str]:
+def _owner(hf: TextModel, name: str) -> tuple[Any, str]:
     owner, _, leaf = name.rpartition(".")
     return hf.get_submodule(owner), leaf

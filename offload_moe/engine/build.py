@@ -17,6 +17,7 @@ from offload_moe.experts.hybrid import Hybrid, HybridBinder
 from offload_moe.experts.lookahead import Lookahead
 from offload_moe.experts.per_expert import ReferenceArithmetic
 from offload_moe.experts.probe import find_probes
+from offload_moe.families.text_model import TextModel
 from offload_moe.memory.arena import Arena
 from offload_moe.memory.copier import Copier
 from offload_moe.memory.disk import DiskMover
@@ -58,7 +59,7 @@ class Engine:
     prediction, where it was asked for.
     """
 
-    hf: Any
+    hf: TextModel
     layers: list[ExpertsModule]
     experts: list[BoundExperts]
     hierarchy: Hierarchy
@@ -189,7 +190,7 @@ def closed_on_error(hierarchy: Hierarchy) -> Iterator[Hierarchy]:
         raise
 
 
-def _refuse_once_closed(hf: Any, hierarchy: Hierarchy) -> None:
+def _refuse_once_closed(hf: TextModel, hierarchy: Hierarchy) -> None:
     """Make every forward fail once the model is closed, before it computes anything. The experts check it, too."""
     encoder = [hf.get_encoder()] if hf.config.is_encoder_decoder else []
     for module in (*encoder, hf.get_decoder()):

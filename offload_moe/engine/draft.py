@@ -16,6 +16,7 @@ from offload_moe.checkpoint.tokenizer import load_tokenizer
 from offload_moe.decode import make_fast
 from offload_moe.decode.dense import QuantLinear, quantize_linear
 from offload_moe.errors import CheckpointError, ConfigError
+from offload_moe.families.text_model import TextModel
 from offload_moe.quant import get_codec
 from offload_moe.quant.layout import weight_shape
 from offload_moe.store import is_store
@@ -30,7 +31,7 @@ class DraftFiles:
     """A draft that is not loaded yet. skeleton: on the meta device."""
 
     folder: Path
-    skeleton: Any
+    skeleton: TextModel
 
     def num_bytes(self, context: int) -> int:
         """What it takes in memory: weights, keys and values of so many tokens."""

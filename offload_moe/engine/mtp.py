@@ -10,6 +10,7 @@ from offload_moe.checkpoint.skeleton import load_config
 from offload_moe.engine.assemble import Assembled, assemble
 from offload_moe.engine.options import LoadOptions
 from offload_moe.errors import BudgetError, ConfigError
+from offload_moe.families.text_model import TextModel
 from offload_moe.plan.mtp import describe_mtp, with_mtp
 from offload_moe.plan.parameters import ModelShape
 from offload_moe.plan.placement import Placement
@@ -60,7 +61,7 @@ def place_mtp(
     return (module, whole, beside) if is_same and beside.ram.num_slots >= top_k else (None, shape, placement)
 
 
-def assemble_mtp(store: Store, module: Any, hf: Any, dtype: torch.dtype, dense_codec: str | None) -> Assembled:
+def assemble_mtp(store: Store, module: Any, hf: TextModel, dtype: torch.dtype, dense_codec: str | None) -> Assembled:
     """Load the layer's weights; embedding and head are those of the model `hf`, on the CPU.
 
     Raises: StoreError, StoreCorrupt: see `assemble`.

@@ -6,14 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from offload_moe.errors import ConfigError
+from offload_moe.families.text_model import TextModel
 
 
-def watch_overflow(hf: Any) -> None:
+def watch_overflow(hf: TextModel) -> None:
     """Make a model that computes in fp16 raise ConfigError at the first logits that are not finite.
 
     Checks the last position of each forward, where the host waits for a token in any case.
     """
-    hf.get_output_embeddings().register_forward_hook(_check)
+    head = hf.get_output_embeddings()
+    assert head is not None
+    head.register_forward_hook(_check)
 
 
 def _check(module: nn.Module, args: tuple[Any, ...], logits: Tensor) -> None:

@@ -3,6 +3,7 @@
 from typing import Any, NoReturn
 
 from offload_moe.errors import ConfigError
+from offload_moe.families.text_model import TextModel
 
 WRITERS = ("save_pretrained", "push_to_hub", "__reduce_ex__")  # the last one: torch.save, pickle, copy.deepcopy
 
@@ -16,7 +17,7 @@ def refuse_to_save(*_: Any, **__: Any) -> NoReturn:
     )
 
 
-def refuse_saving(hf: Any) -> None:
+def refuse_saving(hf: TextModel) -> None:
     """Make a transformers model refuse to be saved, pickled or copied."""
     for name in WRITERS:
         setattr(hf, name, refuse_to_save)

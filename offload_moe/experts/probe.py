@@ -11,6 +11,7 @@ from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.errors import ConfigError
 from offload_moe.experts.observer import HookObserver
 from offload_moe.families.routers import BlockRouter, find_router
+from offload_moe.families.text_model import TextModel
 from offload_moe.native import kernels
 
 NORM_NAMES = ("post_attention_layernorm", "pre_feedforward_layernorm", "pre_mlp_layernorm", "ffn_norm", "norm2")
@@ -50,7 +51,7 @@ class RouterProbe:
         ids = next((part for part in parts if isinstance(part, Tensor) and not part.is_floating_point()), None)
         if ids is not None:
             return ids
-        scores = parts[0]
+        scores: Tensor = parts[0]
         bias = getattr(self._router, "e_score_correction_bias", None)
         if bias is not None:
             scores = scores.sigmoid() + bias
@@ -145,12 +146,12 @@ class ResidualCapture(HookObserver):
             self._residuals[self._layer] = args[0].reshape(-1, args[0].shape[-1])
 
 
-def find_probes(hf: nn.Module, layers: Sequence[ExpertsModule]) -> list[RouterProbe | None]:
+def find_probes(hf: TextModel, layers: Sequence[ExpertsModule]) -> list[RouterProbe | None]:
     """The norm and the router in front of each experts module, where the family has them in the usual places."""
     return [_find_probe(hf, layer.block_name) for layer in layers]
 
 
-def _find_probe(hf: nn.Module, block_name: str) -> RouterProbe | None:
+def _find_probe(hf: TextModel, block_name: str) -> RouterProbe | None:
     found = find_router(hf, block_name)
     if found is None:
         return None
@@ -161,7 +162,7 @@ def _find_probe(hf: nn.Module, block_name: str) -> RouterProbe | None:
     return RouterProbe(norm, found.module, found if found.spec is not None else None)
 
 
-def _row(hf: Any, norm: nn.Module) -> Tensor:
+def _row(hf: TextModel, norm: nn.Module) -> Tensor:
     """A hidden state ``[1, H]`` as wide as the norm's; some norms have their weight further inside."""
     weight = getattr(norm, "weight", None)
     width = hf.config.get_text_config().hidden_size if weight is None else len(weight)

@@ -13,7 +13,8 @@ from offload_moe.families.shapes import DOWN, GATED, gated_shape
 
 
 def describe(module: Any) -> Description:
-    num_rows, act_fn = module.ffn_hidden_size, module.mlp.activation_fn
+    num_rows = module.ffn_hidden_size
+    act_fn: Callable[[Tensor], Tensor] = module.mlp.activation_fn
 
     def apply_gate(gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)

@@ -28,6 +28,7 @@ def describe(module: Any) -> Description:
 
 def forward(module: Any, bound: Bound) -> Callable[..., Any]:
     top_k = module.router.top_k
+    bias: Tensor = module.bias
 
     def block(layer_input: Tensor) -> Tensor:
         """``[B, S, H] -> [B, S, H]``."""
@@ -35,7 +36,7 @@ def forward(module: Any, bound: Bound) -> Callable[..., Any]:
         places, _, gates, _, logits = module.router(hidden)  # pairs sorted by expert
         weights = torch.empty_like(gates).scatter_(0, places, gates).view(-1, top_k)
         ids = logits.topk(top_k, dim=1).indices
-        return bound(hidden, ids, weights).view(layer_input.shape) + module.bias
+        return bound(hidden, ids, weights).view(layer_input.shape) + bias
 
     return block
 

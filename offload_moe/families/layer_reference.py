@@ -233,4 +233,5 @@ def _linear(layer: nn.Module, path: str, x: Tensor, *, has_bias: bool | None) ->
 def tensor_at(layer: nn.Module, path: str) -> Tensor:
     """A tensor of a layer, by its path below it."""
     owner, _, name = path.rpartition(".")
-    return getattr(layer.get_submodule(owner), name)
+    tensor: Tensor = getattr(layer.get_submodule(owner), name)
+    return tensor

@@ -15,10 +15,11 @@ from offload_moe.families.shapes import DOWN, GATED, gated_shape
 
 def describe(module: Any) -> Description:
     experts = module.experts
+    act_fn: Callable[[Tensor], Tensor] = experts.act_fn
 
     def apply_gate(gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        return up * experts.act_fn(gate)
+        return up * act_fn(gate)
 
     return Description(
         num_experts=experts.num_experts,

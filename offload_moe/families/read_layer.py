@@ -222,13 +222,15 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if name else ""
 
 
-def _setting(module: Any, setting: Setting, *, is_optional: bool = False) -> Setting:
+def _setting(module: nn.Module, setting: Setting, *, is_optional: bool = False) -> Setting:
     """Raises: AttributeError where a module lacks what its class's declaration names."""
     if not isinstance(setting, str):
         return setting
+    value: Any = module
     for name in setting.split("."):
-        module = getattr(module, name, None) if is_optional else getattr(module, name)
-    return module
+        value = getattr(value, name, None) if is_optional else getattr(value, name)
+    found: Setting = value
+    return found
 
 
 def _number(module: Any, setting: Setting) -> float:

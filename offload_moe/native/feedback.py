@@ -80,7 +80,7 @@ def _shares(products: Tensor) -> Tensor:
     The rows of the upper Cholesky factor of the inverse, over their diagonal.
     """
     factor = _lower_factor(products.flip(0, 1)).flip(0, 1)  # products = factor @ factor.T, upper
-    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)), upper=True)
+    inverse: Tensor = torch.linalg.solve_triangular(factor, torch.eye(len(factor)), upper=True)
     return inverse / inverse.diagonal()[:, None]
 
 
@@ -88,6 +88,7 @@ def _lower_factor(products: Tensor) -> Tensor:
     """The Cholesky factor; of 1, so that no column takes up an error, for products that are of no inputs."""
     for damping in MORE_DAMPING:
         products.diagonal().add_(damping)
+        factor: Tensor
         factor, first_bad = torch.linalg.cholesky_ex(products)
         if not first_bad:
             return factor

@@ -79,10 +79,10 @@ class Reads:
             num_threads=sizes.num_threads,
         )
         native, short = library(), load_for_short_calls()
-        handle = native.om_reads_open(slot_table.handle, ctypes.addressof(options))
+        handle: int | None = native.om_reads_open(slot_table.handle, ctypes.addressof(options))
         if not handle:
             raise MemoryError("No memory for the threads that read experts.")
-        self._handle = handle
+        self._handle: int = handle
         self._submit, self._demand, self._cancel = short.om_reads_submit, short.om_reads_demand, short.om_reads_cancel
         self._take, self._wake = short.om_reads_completions, short.om_reads_wake
         self._reserve, self._reclaim = short.om_reads_reserve, short.om_reads_reclaim
@@ -126,7 +126,7 @@ class Reads:
 
     def is_placed(self, key: int) -> bool:
         """Whether the place of the expert's record is set."""
-        return self._places[key].num_bytes > 0
+        return bool(self._places[key].num_bytes > 0)
 
     def num_bytes(self, key: int) -> int:
         """Bytes of the expert's record."""

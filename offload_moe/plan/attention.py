@@ -10,11 +10,12 @@ from torch import nn
 from offload_moe.families.layer_spec import AttentionSpec, LayerSpec
 from offload_moe.families.limits import attention_limits, order_limits
 from offload_moe.families.read_layer import layer_spec
+from offload_moe.families.text_model import TextModel
 from offload_moe.native.attention import HEAD_DIM_STEP
 from offload_moe.plan.attention_work import AttentionWork, describe_work, out_features
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +62,7 @@ class AttentionShape:
         return any(work.scores > 1 for work in self.works)
 
 
-def describe_attention(model: "PreTrainedModel", *, is_fast_path: bool) -> AttentionShape:
+def describe_attention(model: TextModel, *, is_fast_path: bool) -> AttentionShape:
     """The cache and working memory of a model's attention.
 
     is_fast_path: latent attention is absorbed if possible, and native where the layers are declared.

@@ -18,11 +18,12 @@ from offload_moe.card.structs import constant, struct
 from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.families.layer_spec import AttentionSpec, LayerSpec
 from offload_moe.families.read_layer import layer_spec
+from offload_moe.families.text_model import TextModel
 from offload_moe.native.constants import MAX_ROWS
 from offload_moe.plan.attention_work import out_features
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 GRAPH_NODE_BYTES = 16 << 10  # of the card's memory, for one launch in an executable graph: assumed, never measured
 NODES_OF_ENDS = 6  # of a token: embedding; last norm, head, greatest logits, choice, end of the pass
@@ -79,7 +80,7 @@ class PassShape:
         return rows + context * self.position_bytes + sections * self.section_bytes + tables
 
 
-def describe_pass(model: "PreTrainedModel", experts: Sequence[ExpertsModule]) -> PassShape | str:
+def describe_pass(model: TextModel, experts: Sequence[ExpertsModule]) -> PassShape | str:
     """The device pass of a skeleton with these experts, or why there is none."""
     if reason := why_not(model):
         return reason

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from offload_moe.checkpoint.mtp import SHARED, brings_mtp, build_mtp
+from offload_moe.families.text_model import TextModel
 from offload_moe.plan.machine import Machine
 from offload_moe.plan.parameters import ModelShape, describe_skeleton, with_dtype
 from offload_moe.plan.placement import Placement, Settings
@@ -13,7 +14,7 @@ from offload_moe.plan.working import cache_bytes
 from offload_moe.store.manifest import MTP
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +30,7 @@ class MtpCost:
     num_experts: int
 
 
-def describe_mtp(module: "PreTrainedModel", *, is_fast_path: bool) -> ModelShape:
+def describe_mtp(module: TextModel, *, is_fast_path: bool) -> ModelShape:
     """The shape of the module alone, without embedding and head, which are the model's."""
     found = describe_skeleton(module, is_fast_path=is_fast_path)
     own = tuple(replace(weight, name=MTP + weight.name) for weight in found.dense if weight.name not in SHARED)

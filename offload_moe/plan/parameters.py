@@ -18,13 +18,14 @@ from offload_moe.checkpoint.linears import projection_linears
 from offload_moe.checkpoint.skeleton import build_skeleton
 from offload_moe.checkpoint.ties import untie
 from offload_moe.errors import UnsupportedModelError
+from offload_moe.families.text_model import TextModel
 from offload_moe.plan.attention import AttentionShape, describe_attention
 from offload_moe.plan.card_pass import PassShape, describe_pass
 from offload_moe.quant import ExpertShape, Matrix
 from offload_moe.quant.layout import weight_shape
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 # Most families have `num_experts_per_tok`, at least as an alias.
 TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
@@ -108,7 +109,7 @@ def describe_model(
     return describe_skeleton(skeleton, is_fast_path=is_fast_path)
 
 
-def describe_skeleton(model: "PreTrainedModel", *, is_fast_path: bool) -> ModelShape:
+def describe_skeleton(model: TextModel, *, is_fast_path: bool) -> ModelShape:
     """Counts a skeleton. is_fast_path: includes replacements of `offload_moe.decode` that change bits.
 
     Raises: UnsupportedModelError when its experts cannot be bound.
@@ -160,7 +161,7 @@ def _top_k(config: "PreTrainedConfig", experts: ExpertsModule) -> int:
     raise UnsupportedModelError(f"The {config.model_type} config does not have the number of experts per token.")
 
 
-def _dense_weights(model: "PreTrainedModel", experts: list[ExpertsModule]) -> tuple[DenseWeight, ...]:
+def _dense_weights(model: TextModel, experts: list[ExpertsModule]) -> tuple[DenseWeight, ...]:
     routed = {name for layer in experts for name in layer.parameter_names()}
     parameters = {name for name, _ in model.named_parameters()}
     tied = set(getattr(model, "all_tied_weights_keys", ()))
@@ -183,16 +184,18 @@ def _dense_weights(model: "PreTrainedModel", experts: list[ExpertsModule]) -> tu
     return tuple(weights)
 
 
-def _tied_head(model: "PreTrainedModel") -> ExpertShape | None:
+def _tied_head(model: TextModel) -> ExpertShape | None:
     """As `assemble` recognizes it: a plain linear layer that multiplies with the input embeddings."""
     head, tied = model.get_output_embeddings(), set(getattr(model, "all_tied_weights_keys", ()))
     is_tied = any(module is head and f"{name}.weight" in tied for name, module in model.named_modules())
     return weight_shape(head.out_features, head.in_features) if type(head) is nn.Linear and is_tied else None
 
 
-def _lookup_elements(model: "PreTrainedModel") -> int:
+def _lookup_elements(model: TextModel) -> int:
     """The input embeddings, unless the output head multiplies with the same table."""
     embeddings = model.get_input_embeddings()
     shared = set(getattr(model, "all_tied_weights_keys", {}).values())
     is_shared = any(module is embeddings and f"{name}.weight" in shared for name, module in model.named_modules())
-    return 0 if is_shared else int(embeddings.weight.numel())
+    weight = embeddings.weight
+    assert isinstance(weight, torch.Tensor)
+    return 0 if is_shared else weight.numel()

@@ -12,12 +12,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 
 from offload_moe.decode.cache import STEP
 from offload_moe.decode.forward import SeveralCaches
 from offload_moe.decode.latent import NAME as LATENT_ATTENTION
 from offload_moe.errors import BudgetError, TransferError
+from offload_moe.families.text_model import TextModel
 from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.plan.budget import give_back_freed_memory
 from offload_moe.plan.parameters import ModelShape
@@ -183,7 +184,7 @@ class ContextRoom:
         return min(steps, planned) if num_tokens <= planned else steps
 
 
-def may_borrow(hf: PreTrainedModel, shape: ModelShape, placement: Placement) -> bool:
+def may_borrow(hf: TextModel, shape: ModelShape, placement: Placement) -> bool:
     """Whether slots may borrow planned memory of the context, whose future need must be known exactly.
 
     False with a device, whose memory is resized by chunks; if a layer keeps anything else than keys and values of all

@@ -158,7 +158,8 @@ def _used(trace: Trace, layer: int) -> NDArray[np.float32]:
 
 def _distance(share: Array, overall: Array, top_k: int) -> Array:
     """[L]: half the sum of absolute differences between two distributions of the load."""
-    return np.abs(share - overall).sum(axis=1) / (2 * top_k)
+    distance: Array = np.abs(share - overall).sum(axis=1) / (2 * top_k)
+    return distance
 
 
 def _favourites(share: Array, overall: Array, even: Array) -> list[Favourite]:

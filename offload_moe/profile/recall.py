@@ -8,10 +8,11 @@ the recorded residual, and the layer is left out.
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.experts.probe import ResidualCapture, RouterProbe, find_probes
+from offload_moe.families.text_model import TextModel
 from offload_moe.profile.trace import Trace
 
 DEPTHS = (1, 2, 3)
@@ -19,7 +20,7 @@ LEAST_OWN_RECALL = 0.9
 
 
 def measure_recall(
-    hf: nn.Module, layers: Sequence[ExpertsModule], forward: Callable[[], Trace]
+    hf: TextModel, layers: Sequence[ExpertsModule], forward: Callable[[], Trace]
 ) -> dict[str, list[float | None]]:
     """Recall by depth: for each layer, the share of its routed experts that were predicted `depth` layers before it.
 

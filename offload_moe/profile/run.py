@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from offload_moe.checkpoint.experts import ExpertsModule
+from offload_moe.families.text_model import TextModel
 from offload_moe.profile.prompts import GroupedPrompt
 from offload_moe.profile.recall import measure_recall
 from offload_moe.profile.recorder import Recorder
@@ -23,7 +24,7 @@ RECALL_TOKENS = 24
 class Recordable(Protocol):
     """What is needed of `offload_moe.engine.model.Model`."""
 
-    hf: Any
+    hf: TextModel
     tokenizer: Any
 
     @property
@@ -70,7 +71,8 @@ def _answer(model: Recordable, prompt: GroupedPrompt, max_new_tokens: int, *, is
 
 def _ids(trace: Trace) -> list[int]:
     assert trace.token_ids is not None
-    return trace.token_ids.tolist()
+    ids: list[int] = trace.token_ids.tolist()
+    return ids
 
 
 def _recall(model: Recordable, trace: Trace) -> dict[str, list[float | None]]:

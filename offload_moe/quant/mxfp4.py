@@ -73,7 +73,7 @@ class Mxfp4Codec(BlockwiseCodec):
 def mxfp4_values(codes: Tensor, scales: Tensor) -> Tensor:
     """codes uint8 ``[..., K/2]``, scales uint8 ``[..., K/32]`` -> fp32 ``[..., K]``, exact."""
     pairs = torch.tensor(_PAIRS, dtype=torch.int32, device=codes.device)[codes.int()]
-    blocks = pairs.view(torch.bfloat16).unflatten(-1, (-1, BLOCK))
+    blocks: Tensor = pairs.view(torch.bfloat16).unflatten(-1, (-1, BLOCK))
     exponents = scales.int()
     bits = torch.where(exponents == 0, SMALLEST_SCALE, exponents << 23)  # fp32 with no mantissa is a power of two
     return (blocks * bits.view(torch.float32)[..., None]).flatten(-2)

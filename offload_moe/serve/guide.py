@@ -8,7 +8,7 @@ import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -17,8 +17,11 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase, PreTrainedTok
 
 from offload_moe.serve.errors import ApiError, invalid
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 # Blanks as models write them, and no others: each is then forced, and none repeats without an end.
-JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+JSON_STYLE: "JsonCompileOptions" = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 MOST_COMPILED = 64  # grammars that are kept
 ANY_OBJECT = '{"type": "object"}'
 

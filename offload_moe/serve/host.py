@@ -72,7 +72,7 @@ class Loaded:
         try:
             return bytes(self.guides.tokenizer.decode_bytes([token]))
         except ApiError:  # no fast tokenizer
-            return self.tokenizer.decode([token]).encode()
+            return str(self.tokenizer.decode([token])).encode()
 
     def first_token(self, text: str) -> int | None:
         with self.lock:

@@ -3,9 +3,10 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from offload_moe.chat.sampling import LEAST_TEMPERATURE, NUM_SEEDS, Sampling
+from offload_moe.families.text_model import TextModel
 
 LEAST_TOP_P = 1e-9
 
@@ -35,9 +36,7 @@ class Settings:
         """With a seed, each choice draws for itself and repeatably."""
         return None if self.seed is None else (self.seed + choice) % NUM_SEEDS
 
-    def generation_config(
-        self, hf: PreTrainedModel, *, stop_ids: Collection[int], max_new_tokens: int
-    ) -> GenerationConfig:
+    def generation_config(self, hf: TextModel, *, stop_ids: Collection[int], max_new_tokens: int) -> GenerationConfig:
         """See `Sampling`; with the filters and penalties that transformers has itself."""
         temperature = self.temperature
         if temperature is not None and temperature < LEAST_TEMPERATURE:

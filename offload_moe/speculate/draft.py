@@ -6,12 +6,13 @@ V vocabulary.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
+from offload_moe.families.text_model import TextModel
 from offload_moe.speculate.guess import Guess, num_alike
 from offload_moe.system.stopping import leave_if_stopped
 
@@ -29,6 +30,7 @@ class Drafted:
     def crop(self, number: int) -> None:
         """Keep so many tokens; a pass that was stopped left more in some layers."""
         for layer in self.cache.layers:
+            assert isinstance(layer, DynamicLayer)
             layer.crop(-max(0, layer.get_seq_length() - number))
         del self.ids[number:]
 
@@ -42,7 +44,7 @@ class DraftSource:
     certainties = (0.7,)
     is_free = False
 
-    def __init__(self, hf: Any, vocabulary: int) -> None:
+    def __init__(self, hf: TextModel, vocabulary: int) -> None:
         """hf: the draft, whose caches can be cropped. vocabulary: tokens that may be guessed."""
         self._hf, self._vocabulary = hf, vocabulary
         self._ids: list[int] = []

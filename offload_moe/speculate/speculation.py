@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from types import MappingProxyType
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from offload_moe.decode import takes_several, why_no_rows
 from offload_moe.decode.hooks import hooks_of
 from offload_moe.errors import ConfigError
+from offload_moe.families.text_model import TextModel
 from offload_moe.residency.counters import Counters
 from offload_moe.speculate.choice import Choice
 from offload_moe.speculate.costs import PassCosts
@@ -30,7 +30,7 @@ class Speculation:
 
     def __init__(
         self,
-        hf: PreTrainedModel,
+        hf: TextModel,
         choice: Choice = "auto",
         counters: Counters | None = None,
         sources: Mapping[Choice, Makers] = MappingProxyType({}),
@@ -80,7 +80,7 @@ class Speculation:
             self.is_paused = False
 
 
-def speculation_of(hf: PreTrainedModel) -> Speculation:
+def speculation_of(hf: TextModel) -> Speculation:
     """What `set_speculation` gave a model, or the default."""
     if _ATTRIBUTE not in vars(hf):
         set_speculation(hf, Speculation(hf))
@@ -88,7 +88,7 @@ def speculation_of(hf: PreTrainedModel) -> Speculation:
     return found
 
 
-def set_speculation(hf: PreTrainedModel, speculation: Speculation) -> None:
+def set_speculation(hf: TextModel, speculation: Speculation) -> None:
     """How the tokens of a model are guessed from now on."""
     setattr(hf, _ATTRIBUTE, speculation)
 

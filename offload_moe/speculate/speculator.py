@@ -74,8 +74,9 @@ class Speculator:
         """The prompt of an answer, before its first pass. cache: that the model computes it with."""
         self.tally = Tally()
         self._compared = []
-        for source in self._of_states if cache is not None else ():
-            source.attach(cache)
+        if cache is not None:
+            for source in self._of_states:
+                source.attach(cache)
         for way in self._ways:
             way.source.begin(ids)
 
