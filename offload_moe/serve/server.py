@@ -3,7 +3,8 @@
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
@@ -64,6 +65,21 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
+@contextmanager
+def _drained_at_hangup(server: _Server) -> Iterator[None]:
+    """A terminal that is closed is a signal as any other, unless SIGHUP is ignored (nohup)."""
+    number = getattr(signal, "SIGHUP", None)
+    is_main = threading.current_thread() is threading.main_thread()
+    if number is None or not is_main or signal.getsignal(number) is signal.SIG_IGN:
+        yield
+        return
+    before = signal.signal(number, server.handle_exit)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 def serve(host: Host, listener: socket.socket, *, drain_s: float, on_ready: Callable[[], None]) -> bool:
     """Answer until a signal comes, then let answers end for `drain_s` seconds. Whether the signal was an interrupt.
 
@@ -82,7 +98,8 @@ def serve(host: Host, listener: socket.socket, *, drain_s: float, on_ready: Call
     server = _Server(settings, host, drain_s)
     on_ready()
     try:
-        server.run(sockets=[listener])
+        with _drained_at_hangup(server):
+            server.run(sockets=[listener])
     finally:
         app.close()
         listener.close()
