@@ -15,6 +15,7 @@ from offload_moe.system.names import did_you_mean
 from .command_parser import CommandParser
 from .commands import COMMANDS
 from .completion import COMPLETE, SCRIPTS, candidates, install
+from .ending import EndedBySignal, ended_by_signals
 from .failures import one_line
 from .streams import discard_unwritten, flush_streams, prepare_streams, say_on_stderr
 from .terminal import quiet_libraries
@@ -23,12 +24,16 @@ EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0 success, 1 failure, 2 wrong usage, 130 interrupted, 141 stdout lost its reader."""
+    """Run one command. Returns 0 success, 1 failure, 2 wrong usage, 130 interrupted, 141 stdout lost its reader.
+
+    143 and 129: ended by SIGTERM and SIGHUP.
+    """
     prepare_streams()
     atexit.register(gc.freeze)  # else Python's last search for garbage takes a second in what libraries made
     try:
         try:
-            return _run(sys.argv[1:] if argv is None else list(argv))
+            with ended_by_signals():
+                return _run(sys.argv[1:] if argv is None else list(argv))
         finally:
             flush_streams()
     except BrokenPipeError:
@@ -58,6 +63,9 @@ def _run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         say_on_stderr("")
         return EXIT_INTERRUPTED
+    except EndedBySignal as ended:
+        say_on_stderr(ended.text)
+        return ended.status
     except BrokenPipeError:
         raise
     except Exception as error:

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"
 
@@ -38,8 +38,9 @@ def quiet_keyboard() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGCONT, handler)
-        _mark_pastes(PASTE_OFF)
-        termios.tcsetattr(keyboard, termios.TCSANOW, before)
+        with suppress(OSError, termios.error):  # it was closed
+            _mark_pastes(PASTE_OFF)
+            termios.tcsetattr(keyboard, termios.TCSANOW, before)
 
 
 def _mark_pastes(code: str) -> None:

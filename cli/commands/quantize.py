@@ -6,6 +6,7 @@ from pathlib import Path
 
 from offload_moe.system.names import check_source, hub_name
 
+from ..ending import EndedBySignal
 from ..options import CODEC_HELP, DENSE_CODECS, SCALES, Subparsers, add_codec, add_link_flag
 from ..progress import reporter
 
@@ -58,7 +59,7 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(options: argparse.Namespace) -> int:
     try:
         store = _convert(options)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, EndedBySignal):
         print("Stopped. The same command resumes the conversion.", file=sys.stderr)
         raise
     print(f"Wrote {store}. To use it: offload-moe chat {store}", file=sys.stderr)

@@ -3,7 +3,8 @@
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Protocol
 
@@ -68,6 +69,21 @@ class Server(uvicorn.Server):
         self._host, self._drain_s = host, drain_s
         self.was_interrupted = False
         self._num_signals = 0
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """A terminal that is closed is a signal as any other, unless SIGHUP is ignored (nohup)."""
+        number = getattr(signal, "SIGHUP", None)
+        is_main = threading.current_thread() is threading.main_thread()
+        with super().capture_signals():
+            if number is None or not is_main or signal.getsignal(number) is signal.SIG_IGN:
+                yield
+                return
+            before = signal.signal(number, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(number, before)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.was_interrupted = self.was_interrupted or sig == signal.SIGINT

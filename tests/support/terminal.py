@@ -22,10 +22,10 @@ class Terminal:
 
     def __init__(self, command: Sequence[str], *, cwd: Path, env: Mapping[str, str]) -> None:
         # Ours stays open: with no end open for a moment, reading would say that the program has ended.
-        self._master, self._slave = pty.openpty()
+        self._master, self.slave = pty.openpty()
         # A session leader that opens a terminal gets it as its controlling terminal.
         self.process = subprocess.Popen(
-            ["/bin/sh", "-c", 'exec "$@" <"$0" >"$0" 2>&1', os.ttyname(self._slave), *command],
+            ["/bin/sh", "-c", 'exec "$@" <"$0" >"$0" 2>&1', os.ttyname(self.slave), *command],
             cwd=cwd,
             env=dict(env),
             start_new_session=True,
@@ -84,7 +84,7 @@ class Terminal:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         os.close(self._master)
-        os.close(self._slave)
+        os.close(self.slave)
 
     def _consume(self, plain: str) -> None:
         """Move past the raw text whose plain form is `plain`."""

@@ -1,0 +1,47 @@
+"""SIGTERM and SIGHUP end a command as Ctrl-C does: the terminal gets its echo back, and no scratch files stay."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class EndedBySignal(BaseException):
+    """Not an interrupt, which a chat survives."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.status = 128 + number
+        self.text = f"Stopped by {signal.Signals(number).name}."
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Raise EndedBySignal in place of being killed; a second signal kills. One that is ignored (nohup) stays so."""
+    taken = [each for each in ENDING if signal.getsignal(each) is signal.SIG_DFL] if _is_main() else []
+    for number in taken:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _is_main() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _end(number: int, frame: object) -> None:
+    for each in ENDING:
+        if signal.getsignal(each) is _end:
+            signal.signal(each, _kill)
+    raise EndedBySignal(number)
+
+
+def _kill(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
