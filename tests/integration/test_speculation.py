@@ -1,5 +1,6 @@
 """Guessed tokens change no token, no logit and no cache, whatever is guessed and however it is chosen."""
 
+import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -225,6 +226,30 @@ def test_an_answer_that_is_closed_leaves_the_cache_without_its_last_token(model:
             next(stream)
     assert stream.tokens == whole[:num_tokens]
     check_cache(cache, seen[len(PROMPT[0]) + num_tokens - 1])
+
+
+@pytest.mark.parametrize("point", ["takes_rows", "roll_back"])
+def test_an_interrupt_within_guesses_leaves_the_cache_of_the_tokens(
+    model: Model, point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before their pass, and while wrong ones are taken back."""
+    expected, seen = step_by_step(model)
+    function, cache = getattr(ahead, point), DynamicCache(config=model.hf.config)
+    stream = stream_of(model, Recalled(expected, [(7, 5)]), cache=cache)
+
+    def interrupted(*arguments: Any) -> Any:
+        if len(stream.tokens) > 9:
+            signal.raise_signal(signal.SIGINT)
+        return function(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ahead, point, interrupted)
+        list(stream)
+    stream.close()
+    assert 9 < len(stream.tokens) < len(expected)
+    assert stream.tokens == expected[: len(stream.tokens)]
+    assert not stream.interrupted_forward
+    check_cache(cache, seen[len(PROMPT[0]) + len(stream.tokens) - 1])
 
 
 @pytest.mark.parametrize("num_slots", [2, 6, 16])
