@@ -18,9 +18,9 @@ the same prompts in as many slots, in the same trials; `four_conversations_vs_ll
 
 The clients (`--clients`, 0 for none) are threads of another process, which stream answers of mixed lengths through the
 server, as many at once as its default; the others wait. `p95_ms`: of the time between two tokens, of all clients, and
-of one that is alone. The chunks of other prompts come between, of which `chunk_ms` is one; `p95_over_goal`: over twice
-that of one client and a chunk. A store without a tokenizer streams no text, and has none of these figures. The last
-line of stdout is one JSON document.
+of the first four (`1`), whose lengths are as mixed, one after another, so that each is alone. The chunks of other
+prompts come between, of which `chunk_ms` is one; `p95_over_goal`: over twice that of one client and a chunk. A store
+without a tokenizer streams no text, and has none of these figures. The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from serve import served
 from speculation import Bound, Figures
 
 TOGETHER, APART = "together", "one after another"
+MIXED = 4  # clients whose prompts are of different lengths
 CHUNK = 512  # tokens of a prompt that are computed at once
 
 
@@ -155,7 +156,7 @@ def loaded(options: argparse.Namespace, share: float | None) -> Iterator[Any]:
 
 def gaps_ms(port: int, client: int, options: argparse.Namespace) -> list[float]:
     """Milliseconds between the events of one stream, of which nearly each is a token."""
-    length = 1 + options.client_prompt_tokens * (client % 4) // 4
+    length = 1 + options.client_prompt_tokens * (client % MIXED) // MIXED
     ids = [token % options.vocabulary for token in prompt_ids(client, length)]
     body = {"model": "x", "prompt": ids, "max_tokens": options.tokens * (2 + client % 3) // 4, "seed": client}
     body |= {
@@ -167,14 +168,20 @@ def gaps_ms(port: int, client: int, options: argparse.Namespace) -> list[float]:
     }
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    times = [time.perf_counter() for line in connection.getresponse() if line.startswith(b"data: {")]
+    lines = [(time.perf_counter(), line) for line in connection.getresponse() if line.startswith(b"data: {")]
     connection.close()
+    times = [at for at, line in lines if has_text(json.loads(line.removeprefix(b"data: ")))]
     return [1e3 * (after - before) for before, after in pairwise(times)]
 
 
-def ask_many(port: int, num_clients: int, options: argparse.Namespace) -> list[float]:
-    """From another process."""
-    command = [sys.executable, __file__, "--port", str(port), "--clients", str(num_clients)]
+def has_text(event: dict[str, Any]) -> bool:
+    """Not so those of the end and of the usage, which come at once behind the last token."""
+    return any(choice["text"] for choice in event["choices"])
+
+
+def ask_many(port: int, num_clients: int, at_once: int, options: argparse.Namespace) -> list[float]:
+    """From another process. at_once: how many of them."""
+    command = [sys.executable, __file__, "--port", str(port), "--clients", str(num_clients), "--at-once", str(at_once)]
     command += ["--tokens", str(options.tokens), "--client-prompt-tokens", str(options.client_prompt_tokens)]
     command += ["--vocabulary", str(options.vocabulary)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -202,7 +209,8 @@ def clients(model: Any, options: argparse.Namespace) -> dict[str, Any]:
     options.vocabulary = min(20_300, model.hf.config.get_text_config(decoder=True).vocab_size)
     with served(model, queue=options.clients) as port:
         ways = {
-            str(number): lambda number=number: p95(ask_many(port, number, options)) for number in (1, options.clients)
+            "1": lambda: p95(ask_many(port, min(MIXED, options.clients), 1, options)),
+            str(options.clients): lambda: p95(ask_many(port, options.clients, options.clients, options)),
         }
         found = alternate(ways, num_trials=options.trials)
     chunk_ms = spread([1e3 * chunk_s(model, options) for _ in range(options.trials)])
@@ -231,10 +239,11 @@ def main() -> None:
     parser.add_argument("--peer-options", default="--flash-attention off --huge-pages", help="of run_llamacpp.py")
     parser.add_argument("--resident", type=float, default=0.25, help="share of the experts in RAM")
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--at-once", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--vocabulary", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.port is not None:
-        with ThreadPoolExecutor(options.clients) as pool:
+        with ThreadPoolExecutor(options.at_once) as pool:
             found = pool.map(lambda client: gaps_ms(options.port, client, options), range(options.clients))
             print(json.dumps([gap for gaps in found for gap in gaps]))
         return

@@ -47,7 +47,7 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ("card_table.py", "--replay {trace} --tokens 8", ("curves.*.queued.0.1", "curves.*.stepwise.0.1")),
     (
         "batching.py",
-        "{store} --threads 1 --trials 1 --conversations 4 --tokens 16 --prompt-tokens 8 --clients 3 "
+        "{mixture} --threads 1 --trials 1 --conversations 4 --tokens 16 --prompt-tokens 8 --clients 3 "
         "--client-prompt-tokens 20",
         (
             "four_conversations_ratio.median",

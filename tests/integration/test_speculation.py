@@ -1,5 +1,6 @@
 """Guessed tokens change no token, no logit and no cache, whatever is guessed and however it is chosen."""
 
+import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -235,6 +236,30 @@ def test_an_answer_that_is_closed_leaves_the_cache_without_its_last_token(model:
     check_cache(cache, seen[len(PROMPT[0]) + num_tokens - 1])
 
 
+@pytest.mark.parametrize("point", ["takes_rows", "roll_back"])
+def test_an_interrupt_within_guesses_leaves_the_cache_of_the_tokens(
+    model: Model, point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before their pass, and while wrong ones are taken back."""
+    expected, seen = step_by_step(model)
+    function, cache = getattr(ahead, point), DynamicCache(config=model.hf.config)
+    stream = stream_of(model, Recalled(expected, [(7, 5)]), cache=cache)
+
+    def interrupted(*arguments: Any) -> Any:
+        if len(stream.tokens) > 9:
+            signal.raise_signal(signal.SIGINT)
+        return function(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ahead, point, interrupted)
+        list(stream)
+    stream.close()
+    assert 9 < len(stream.tokens) < len(expected)
+    assert stream.tokens == expected[: len(stream.tokens)]
+    assert not stream.interrupted_forward
+    check_cache(cache, seen[len(PROMPT[0]) + len(stream.tokens) - 1])
+
+
 @pytest.mark.parametrize("num_slots", [2, 6, 16])
 def test_experts_that_are_not_resident(num_slots: int, stores: dict[str, Path]) -> None:
     with open_model(stores["qwen3_moe"]) as model:
@@ -265,13 +290,14 @@ def second_token_shares(model: Model, top_k: int) -> dict[int, float]:
     return dict(shares)
 
 
+@pytest.mark.slow
 def test_sampled_tokens_have_the_models_distribution(model: Model) -> None:
-    """Whether a guess is right or wrong, drawn from torch's own random numbers."""
+    """Whether a guess is right or wrong, drawn from torch's own random numbers. See also `test_guessed_draws.py`."""
     shares = second_token_shares(model, 3)
     likeliest = max(shares, key=shares.__getitem__)
     torch.manual_seed(3)
     counts: Counter[int] = Counter()
-    num_answers, base = 100, DynamicCache(config=model.hf.config)
+    num_answers, base = 2_000, DynamicCache(config=model.hf.config)
     with torch.inference_mode():
         model.hf(PROMPT[:, :-1], past_key_values=base)
     config = config_of(do_sample=True, temperature=1.0, top_k=3, max_new_tokens=3)

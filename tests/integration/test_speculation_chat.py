@@ -1,13 +1,14 @@
 """Guesses in conversations and behind the server: the same answers, caches that go on, and the counts of them."""
 
 import json
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from offload_moe_cli.status import full_statistics, status_line
 
-from offload_moe.chat import ChatSession
+from offload_moe.chat import ChatSession, ahead
 from offload_moe.engine.model import Model
 from offload_moe.errors import ConfigError
 from offload_moe.speculate.governor import Governor
@@ -150,3 +151,52 @@ def test_a_conversation_goes_on_with_what_was_learned(model: Model, monkeypatch:
         chat(client, returned, max_tokens=5)
         chat(client, returned, max_tokens=5)
     assert len({*begun}) == 4
+
+
+@pytest.mark.parametrize(("point", "num_signals"), [("takes_rows", 1), ("roll_back", 2), ("note_pass", 1)])
+def test_an_interrupt_within_a_pass_of_guesses(
+    model: Model, point: str, num_signals: int, every_guess: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its rows are computed, while wrong ones are taken back, and behind it. A second one ends the step at once.
+
+    The text so far is kept, and the next answers are those of a conversation that was stopped there without guesses.
+    """
+    guessed, plain = model.chat(), model.chat()
+    say(guessed, REPEATED, speculate="ngram", temperature=0)
+    said = say(plain, REPEATED, speculate="off", temperature=0)
+    calls = 0
+
+    def interrupt() -> None:
+        nonlocal calls
+        calls += 1
+        for _ in range(num_signals if calls == 3 else 0):
+            signal.raise_signal(signal.SIGINT)
+
+    def with_interrupt(function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            interrupt()
+            return function(*arguments)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        owner = Speculator if point == "note_pass" else ahead
+        patch.setattr(owner, point, with_interrupt(getattr(owner, point)))
+        with pytest.raises(KeyboardInterrupt):
+            say(guessed, REPEATED, speculate="ngram", temperature=0)
+    assert calls >= 3
+    kept = guessed.messages[-1]["content"]
+    assert guessed.messages[-1]["role"] == "assistant"
+    assert len(kept) >= 2
+    pieces, text = plain.send(REPEATED, max_new_tokens=40, speculate="off", temperature=0), ""
+    while text != kept:
+        text += next(pieces).text
+    pieces.close()
+    assert plain.messages == guessed.messages
+    for message in ("More.", REPEATED):
+        expected = say(plain, message, speculate="off", temperature=0)
+        assert say(guessed, message, speculate="ngram", temperature=0) == expected
+    assert said != kept
+    assert guessed.last_stats is not None
+    assert plain.last_stats is not None
+    assert guessed.last_stats.num_reused_tokens == plain.last_stats.num_reused_tokens > 40
