@@ -2,10 +2,12 @@
 
 import argparse
 import json
+from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offload_moe.system.names import check_installed
+from offload_moe.system.names import check_installed, split_gguf_name
 from offload_moe.system.paths import user_path
 from offload_moe.system.sizes import format_size
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from offload_moe.store import Store
     from offload_moe.store.installed import Installed
 
+NOT_HERE = "GGUF file on the hub, not downloaded"
 UPGRADE = "an older version wrote it: `offload-moe verify STORE --upgrade` makes reads from the disk cheaper"
 
 
@@ -29,25 +32,52 @@ def add_parser(subparsers: Subparsers) -> None:
         "everything.",
     )
     parser.add_argument(
-        "store", metavar="STORE", help="store, by path or by its name in `offload-moe list`, or a GGUF file"
+        "store",
+        metavar="STORE",
+        help="store, by path or by its name in `offload-moe list`, or a GGUF file, also of the hub",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def run(options: argparse.Namespace) -> int:
-    check_installed(options.store)
+    with ExitStack() as stack:
+        name, is_here = _named(options.store, stack)
+        return _show(name, is_here=is_here, as_json=options.json)
+
+
+def _named(name: str, stack: ExitStack) -> "tuple[str | Path, bool]":
+    """The folder of a store, and whether its weights are on this disk: of a GGUF file on the hub only the header is."""
+    if split_gguf_name(name) is None or user_path(name).exists():
+        check_installed(name)
+    from offload_moe.checkpoint.gguf_hub import find_gguf
     from offload_moe.checkpoint.gguf_split import is_gguf
+    from offload_moe.convert.gguf_source import view_of_headers
     from offload_moe.convert.sources import ensure_view
+
+    path = user_path(name)
+    if is_gguf(path):
+        return ensure_view(path, name), True
+    if split_gguf_name(name) is None or path.exists():
+        return name, True
+    found = find_gguf(name, revision=None, token=None)
+    if (cached := found.cached()) is not None:
+        return ensure_view(cached, name), True
+    return stack.enter_context(view_of_headers(found)), False
+
+
+def _show(name: "str | Path", *, is_here: bool, as_json: bool) -> int:
     from offload_moe.store.installed import find
     from offload_moe.store.resume import resume_advice
 
-    path = user_path(options.store)
-    entry = find(ensure_view(path, options.store) if is_gguf(path) else options.store)
+    entry = find(name)
     details = _details(entry) if entry.kind == "store" else {}
-    if options.json:
-        print(json.dumps(entry_to_json(entry) | {"vllm": vllm_command(entry)} | details, indent=2))
+    if as_json:
+        where = {} if is_here else {"name": None, "path": None, "kind": NOT_HERE}
+        print(json.dumps(entry_to_json(entry) | {"vllm": vllm_command(entry)} | details | where, indent=2))
         return 0
-    lines = [("name", entry.name), ("path", str(entry.path)), ("what", state_text(entry))]
+    lines = [("what", NOT_HERE)]
+    if is_here:
+        lines = [("name", entry.name), ("path", str(entry.path)), ("what", state_text(entry))]
     lines += [("source", origin_text(entry)), ("size", format_size(entry.num_bytes)), *_lines(entry, details)]
     lines += [("with vLLM", _for_vllm(entry, details))]
     lines += [("problem", " ".join((entry.problem or "").split()))]

@@ -213,6 +213,80 @@ def _gpt_oss(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     }
 
 
+def _minimax_m2(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    turned = reader.number("rope.dimension_count") / reader.number("attention.key_length")
+    return {
+        "model_type": "minimax_m2",
+        "architectures": ["MiniMaxM2ForCausalLM"],
+        "num_local_experts": reader.number("expert_count"),
+        "intermediate_size": reader.number("expert_feed_forward_length"),
+        "rope_parameters": _rope(reader) | {"partial_rotary_factor": turned},
+    }
+
+
+def _dots1(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    return {
+        "model_type": "dots1",
+        "architectures": ["Dots1ForCausalLM"],
+        "n_routed_experts": reader.number("expert_count"),
+        "n_shared_experts": reader.number("expert_shared_count"),
+        "moe_intermediate_size": reader.number("expert_feed_forward_length"),
+        "first_k_dense_replace": reader.number("leading_dense_block_count"),
+        "routed_scaling_factor": reader.get("expert_weights_scale") or 1.0,
+        "norm_topk_prob": bool(reader.get("expert_weights_norm")),
+        "n_group": 1,
+        "topk_group": 1,
+        "sliding_window": None,
+    }
+
+
+def _granite_moe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    if "blk.0.ffn_gate_shexp.weight" in shapes:
+        raise CheckpointError(f"{reader.path}: Granite with a shared expert is not used as it lies.")
+    scales = {
+        "attention_multiplier": "attention.scale",
+        "embedding_multiplier": "embedding_scale",
+        "residual_multiplier": "residual_scale",
+        "logits_scaling": "logit_scale",
+    }
+    return {
+        "model_type": "granitemoe",
+        "architectures": ["GraniteMoeForCausalLM"],
+        "num_local_experts": reader.number("expert_count"),
+        **{name: reader.number(key) for name, key in scales.items()},
+    }
+
+
+def _hunyuan_moe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The converter puts the scaling of the rotary base into the base."""
+    return {
+        "model_type": "hunyuan_v1_moe",
+        "architectures": ["HunYuanMoEV1ForCausalLM"],
+        "num_experts": reader.number("expert_count"),
+        "moe_topk": reader.number("expert_used_count"),
+        "intermediate_size": reader.number("expert_feed_forward_length"),
+        "attention_bias": "blk.0.attn_q.bias" in shapes,
+    }
+
+
+def _ernie_moe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    first, num_layers = reader.number("leading_dense_block_count"), reader.number("block_count")
+    width = reader.number("expert_feed_forward_length")
+    shared = shapes.get(f"blk.{first}.ffn_gate_shexp.weight", (0,))[0]
+    return {
+        "model_type": "ernie4_5_moe",
+        "architectures": ["Ernie4_5_MoeForCausalLM"],
+        "moe_num_experts": reader.number("expert_count"),
+        "moe_k": reader.number("expert_used_count"),
+        "moe_intermediate_size": width,
+        "moe_num_shared_experts": shared // width,
+        "moe_layer_start_index": first,
+        "moe_layer_end_index": num_layers - 1,
+        "moe_layer_interval": reader.get("interleave_moe_layer_step") or 1,
+        "use_bias": "blk.0.attn_output.bias" in shapes,
+    }
+
+
 CONFIGS: Mapping[str, Callable[[Reader, Mapping[str, tuple[int, ...]]], dict[str, Any]]] = {
     "llama": _mixtral,
     "qwen2moe": _qwen2_moe,
@@ -221,4 +295,9 @@ CONFIGS: Mapping[str, Callable[[Reader, Mapping[str, tuple[int, ...]]], dict[str
     "deepseek2": _deepseek,
     "glm4moe": _glm4_moe,
     "gpt-oss": _gpt_oss,
+    "minimax-m2": _minimax_m2,
+    "dots1": _dots1,
+    "granitemoe": _granite_moe,
+    "hunyuan-moe": _hunyuan_moe,
+    "ernie4_5-moe": _ernie_moe,
 }

@@ -1,12 +1,15 @@
 """One model in GGUF of a hub repository that has many: `ORG/MODEL-GGUF:Q4_K_M`, or a pattern of file names."""
 
+import os
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
+from offload_moe.checkpoint.gguf_header import BEGINNING, MOST, header_end
 from offload_moe.checkpoint.gguf_split import PART
-from offload_moe.checkpoint.hub import hub_errors, open_repository
+from offload_moe.checkpoint.hub import Repository, fetch_beginning, hub_errors, open_repository
 from offload_moe.errors import CheckpointError
 from offload_moe.system.names import split_gguf_name
 
@@ -14,26 +17,69 @@ NOT_MODELS = ("mmproj", "imatrix")  # beginnings of names of other files in GGUF
 MOST_SHOWN = 12
 
 
-def download_gguf(name: str, *, revision: str | None, token: str | None) -> tuple[Path, str]:
-    """Download the files of one model into the hub's own cache. Returns the first part, and the commit.
+@dataclass(frozen=True, slots=True)
+class HubGguf:
+    """One model in GGUF on the hub: the names of its files, in order."""
 
-    name: as `split_gguf_name` takes it.
+    name: str
+    repository: Repository
+    files: tuple[str, ...]
 
-    Raises:
-        CheckpointError: no model of the repository, or several, are meant.
-        TransferError: the download failed.
-    """
-    from huggingface_hub import snapshot_download
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.repository.files[file].num_bytes for file in self.files)
 
+    def cached(self) -> Path | None:
+        """The first part, where the hub's own cache has all of them."""
+        from huggingface_hub import try_to_load_from_cache
+
+        repository = self.repository
+        paths = [try_to_load_from_cache(repository.repo_id, file, revision=repository.commit) for file in self.files]
+        return Path(str(paths[0])) if all(isinstance(path, str) for path in paths) else None
+
+    def download(self) -> Path:
+        """Download the files into the hub's own cache. Returns the first part. Raises: TransferError."""
+        from huggingface_hub import snapshot_download
+
+        repository = self.repository
+        advice = "Run the same command again to resume."
+        with hub_errors(f"Downloading {self.name}", repository.repo_id, repository.commit, advice=advice):
+            folder = snapshot_download(
+                repository.repo_id, revision=repository.commit, token=repository.token, allow_patterns=[*self.files]
+            )
+        return Path(folder, self.files[0])
+
+    def fetch_headers(self, folder: Path) -> tuple[Path, ...]:
+        """Write files of the same names and lengths, of which only the headers are there; the rest is a hole.
+
+        Raises: CheckpointError for a file that is none in GGUF, TransferError.
+        """
+        paths = []
+        for file in self.files:
+            path = folder / PurePosixPath(file).name
+            path.write_bytes(self._header(file))
+            os.truncate(path, self.repository.files[file].num_bytes)
+            paths.append(path)
+        return tuple(paths)
+
+    def _header(self, file: str) -> bytes:
+        num_bytes, whole = BEGINNING, self.repository.files[file].num_bytes
+        while True:
+            beginning = fetch_beginning(self.repository, file, num_bytes)
+            if (end := header_end(beginning, f"{file} of {self.repository.repo_id}")) is not None:
+                return beginning[:end]
+            if num_bytes >= min(whole, MOST):
+                raise CheckpointError(f"{file} of {self.repository.repo_id} is damaged: its header does not end.")
+            num_bytes *= 4
+
+
+def find_gguf(name: str, *, revision: str | None, token: str | None) -> HubGguf:
+    """The model that a name as `split_gguf_name` takes it means. Raises: TransferError; CheckpointError for several."""
     found = split_gguf_name(name)
     assert found is not None, name
     repo_id, wanted = found
     repository = open_repository(repo_id, revision=revision, token=token)
-    files = choose_files(repository.files, wanted, repo_id)
-    advice = "Run the same command again to resume."
-    with hub_errors(f"Downloading {name}", repo_id, revision, advice=advice):
-        folder = snapshot_download(repo_id, revision=repository.commit, token=token, allow_patterns=files)
-    return Path(folder, files[0]), repository.commit
+    return HubGguf(name, repository, tuple(choose_files(repository.files, wanted, repo_id)))
 
 
 def choose_files(names: Iterable[str], wanted: str, repo_id: str) -> list[str]:

@@ -6,8 +6,11 @@ Source: gguf-py, gguf/constants.py and tensor_mapping.py; llama.cpp, convert_hf_
 import re
 
 # llama.cpp's names: `llama` is Mixtral here, `deepseek2` any DeepSeek since V2; a dense model is refused later.
-ARCHITECTURES = ("llama", "qwen2moe", "qwen3moe", "olmoe", "deepseek2", "glm4moe", "gpt-oss")
-PERMUTED = ("llama",)  # rows of query and key are in the order of another rotary embedding
+ARCHITECTURES = (
+    *("llama", "qwen2moe", "qwen3moe", "olmoe", "deepseek2", "glm4moe", "gpt-oss"),
+    *("minimax-m2", "dots1", "granitemoe", "hunyuan-moe", "ernie4_5-moe"),
+)
+PERMUTED = ("llama", "granitemoe")  # rows of query and key are in the order of another rotary embedding
 
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _IN_BLOCK = {
@@ -30,6 +33,11 @@ _IN_BLOCK = {
     "ffn_gate_up_exps": "mlp.experts.gate_up_proj",
     "ffn_down_exps": "mlp.experts.down_proj",
 }
+_SHARED_EXPERTS = {
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+}
 _IN_BLOCK_OF = {
     "deepseek2": {
         "attn_q_a": "self_attn.q_a_proj",
@@ -39,16 +47,28 @@ _IN_BLOCK_OF = {
         "attn_kv_a_norm": "self_attn.kv_a_layernorm",
         "attn_kv_b": "self_attn.kv_b_proj",
         "exp_probs_b": "mlp.gate.e_score_correction",
-        "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
-        "ffn_up_shexp": "mlp.shared_experts.up_proj",
-        "ffn_down_shexp": "mlp.shared_experts.down_proj",
+        **_SHARED_EXPERTS,
     },
     "glm4moe": {
         "post_attention_norm": "post_attention_layernorm",
         "exp_probs_b": "mlp.gate.e_score_correction",
-        "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
-        "ffn_up_shexp": "mlp.shared_experts.up_proj",
-        "ffn_down_shexp": "mlp.shared_experts.down_proj",
+        **_SHARED_EXPERTS,
+    },
+    "dots1": {"exp_probs_b": "mlp.gate.e_score_correction", **_SHARED_EXPERTS},
+    "ernie4_5-moe": {"exp_probs_b": "mlp.gate.moe_statics.e_score_correction", **_SHARED_EXPERTS},
+    "minimax-m2": {"exp_probs_b": "mlp.e_score_correction"},
+    "granitemoe": {
+        "ffn_gate_inp": "block_sparse_moe.router",
+        "ffn_gate_up_exps": "block_sparse_moe.experts.gate_up_proj",
+        "ffn_down_exps": "block_sparse_moe.experts.down_proj",
+    },
+    "hunyuan-moe": {
+        "attn_q_norm": "self_attn.query_layernorm",
+        "attn_k_norm": "self_attn.key_layernorm",
+        "ffn_gate_inp": "mlp.gate.wg",
+        "ffn_gate_shexp": "mlp.shared_mlp.gate_proj",
+        "ffn_up_shexp": "mlp.shared_mlp.up_proj",
+        "ffn_down_shexp": "mlp.shared_mlp.down_proj",
     },
     "gpt-oss": {
         "post_attention_norm": "post_attention_layernorm",
@@ -61,6 +81,9 @@ _ARCHITECTURE_OF = {
     "deepseek_v3": "deepseek2",
     "glm4_moe": "glm4moe",
     "gpt_oss": "gpt-oss",
+    "minimax_m2": "minimax-m2",
+    "hunyuan_v1_moe": "hunyuan-moe",
+    "ernie4_5_moe": "ernie4_5-moe",
 }
 _UNUSED = re.compile(r"rope_freqs\.weight")
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
@@ -90,17 +113,18 @@ def transformers_name(name: str, architecture: str) -> str | None:
 
 def _ending(inside: str, kind: str) -> str:
     """Fused experts, sinks and corrections are parameters themselves, not modules with a weight and a bias."""
-    if inside.startswith("mlp.experts.") or inside.endswith("score_correction"):
+    if inside.partition(".")[2].startswith("experts.") or inside.endswith("score_correction"):
         return "_bias" if kind == "bias" else ""
     return "" if inside.endswith("sinks") else f".{kind}"
 
 
-def fused_experts(name: str) -> tuple[str, str] | None:
+def fused_experts(name: str, architecture: str) -> tuple[str, str] | None:
     """For the gate half of fused experts: the name of the up half, and of both in transformers."""
     match = re.fullmatch(r"blk\.(\d+)\.ffn_gate_exps\.(weight|bias)", name)
     if match is None:
         return None
-    both = f"model.layers.{match[1]}.mlp.experts.gate_up_proj" + ("_bias" if match[2] == "bias" else "")
+    both = transformers_name(f"blk.{match[1]}.ffn_gate_up_exps.{match[2]}", architecture)
+    assert both is not None, name
     return f"blk.{match[1]}.ffn_up_exps.{match[2]}", both
 
 

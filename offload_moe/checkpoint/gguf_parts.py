@@ -18,6 +18,7 @@ from offload_moe.checkpoint.mxfp4 import BLOCKS, SCALES
 from offload_moe.errors import CheckpointError
 
 GPT_OSS = "gpt-oss"
+OF_ONE_ROW = ("mlp.shared_expert_gate.weight", "moe_statics.e_score_correction_bias")
 Stored = GgufTensor | GgufExperts
 
 
@@ -72,14 +73,14 @@ def parts(found: Mapping[str, Stored], architecture: str, config: Mapping[str, A
         if ".ffn_up_exps." in name or ".attn_v_b." in name:
             _half(found, tensor, name.replace("ffn_up", "ffn_gate").replace("attn_v", "attn_k"))
             continue  # handled with its other half
-        if both := fused_experts(name) or split_latent(name):
+        if both := fused_experts(name, architecture) or split_latent(name):
             pair = (tensor, _half(found, tensor, both[0]))
             yield from _pair(both[1], pair, is_gpt_oss)
         elif (known := transformers_name(name, architecture)) is None:
             continue
         elif is_gpt_oss and ".ffn_down_exps.weight" in name:
             yield from _gpt_oss_experts(known, (tensor,))
-        elif known.endswith("mlp.shared_expert_gate.weight") and len(tensor.shape) == 1:
+        elif known.endswith(OF_ONE_ROW) and len(tensor.shape) == 1:
             yield known, GgufPart(tensors=(tensor,), join=_one_row, is_whole=True)
         else:
             yield known, _permuted(known, tensor, architecture, config)

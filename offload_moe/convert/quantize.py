@@ -88,7 +88,7 @@ def quantize(
     target = Path(store)
     check_target(target)
     lora = None if adapter is None else Adapter(user_path(adapter))
-    gguf, commit = local_gguf(source, revision=revision, token=token, progress=progress)
+    gguf, commit = local_gguf(source, revision=revision, token=token, keeps_bits=codec is None, progress=progress)
     if gguf and codec is None:
         _check_keeps_bits(dense_codec, has_adapter=lora is not None)
     with ExitStack() as stack:

@@ -100,7 +100,7 @@ def repair(
         TransferError, BudgetError: writing failed.
     """
     name, revision = _origin(store, source)
-    gguf, commit = local_gguf(name, revision=revision, token=token, progress=progress)
+    gguf, commit = local_gguf(name, revision=revision, token=token, keeps_bits=store.codec == GGUF, progress=progress)
     remaining = []
     total, done = sum(damage.piece.place.num_bytes for damage in damages), 0
     with ExitStack() as stack:

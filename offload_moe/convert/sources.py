@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from offload_moe import demo
-from offload_moe.checkpoint.gguf_hub import download_gguf
 from offload_moe.checkpoint.gguf_split import is_gguf, model_name, parts_beside
 from offload_moe.checkpoint.source import check_folder, resolve_source
 from offload_moe.checkpoint.weight_files import choose_weights
+from offload_moe.convert.gguf_source import download_gguf
 from offload_moe.convert.jobs import MXFP4
 from offload_moe.convert.quantize import DEFAULT, default_codec, quantize
 from offload_moe.errors import CheckpointError
@@ -56,8 +56,8 @@ def ensure_store(
     check_model(source, revision)
     source, revision = hub_name(source, revision)
     if split_gguf_name(str(source)) is not None and not resolve(source).exists():
-        progress(f"Downloading {source}")
-        source, _ = download_gguf(str(source), revision=revision, token=token)
+        keeps_bits = codec is None
+        source, _ = download_gguf(str(source), revision=revision, token=token, keeps_bits=keeps_bits, progress=progress)
         revision = None
     folder = resolve(source)
     if is_store(folder):

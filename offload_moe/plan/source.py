@@ -4,18 +4,20 @@ import json
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
+from offload_moe.checkpoint.gguf_hub import find_gguf
 from offload_moe.checkpoint.gguf_split import is_gguf
 from offload_moe.checkpoint.header import read_header
 from offload_moe.checkpoint.mtp import brings_mtp
 from offload_moe.checkpoint.names import map_names
 from offload_moe.checkpoint.skeleton import build_skeleton, load_config
 from offload_moe.checkpoint.weight_files import INDEX_NAME, choose_weights, file_names, refuse_adapter
+from offload_moe.convert.gguf_source import view_of_headers
 from offload_moe.convert.sources import ensure_view
 from offload_moe.errors import CheckpointError, OffloadMoeError
 from offload_moe.plan.hub import fetch_config
@@ -56,6 +58,8 @@ class PlannedSource:
 def open_source(model: str | Path, *, revision: str | None = None, token: str | None = None) -> PlannedSource:
     """A store, a GGUF file, a checkpoint folder, a config file, or a hub id, of which only the config is fetched.
 
+    Of a GGUF file on the hub only the header is.
+
     Raises:
         CheckpointError: it is none of these, or its config or index is not usable.
         UnsupportedModelError: transformers does not have the model.
@@ -65,27 +69,11 @@ def open_source(model: str | Path, *, revision: str | None = None, token: str | 
     model, revision = hub_name(model, revision)
     path = resolve(model)
     if split_gguf_name(str(model)) is not None and not path.exists():
-        raise CheckpointError(
-            f"{model} is a GGUF file on the hub, whose plan needs its metadata: download it first, with `chat` or "
-            "`huggingface-cli download`, or plan the original model's id."
-        )
+        return _of_hub_gguf(str(model), revision, token)
     if is_gguf(path):
         path = ensure_view(path, str(model))
     if is_store(path):
-        store = Store.open(path)
-        config = load_config(path)
-        views = [Path(file.name) for file in store.manifest.files] if isinstance(store, InPlaceStore) else []
-        return PlannedSource(
-            name=str(model),
-            config=config,
-            checkpoint_bytes=sum(file.stat().st_size for file in views) or None,
-            is_local=True,
-            codec=store.codec,
-            dense_codec=store.dense_codec,
-            dense_names=store.dense.keys(),
-            has_mtp=store.mtp is not None,
-            store=store if store.codec == GGUF else None,
-        )
+        return _of_store(path, str(model))
     if path.is_dir():
         refuse_adapter(path, file_names(path))
         num_bytes, is_local = _folder_bytes(path)
@@ -112,6 +100,30 @@ def open_source(model: str | Path, *, revision: str | None = None, token: str | 
         shard_bytes=max(hub.sizes) if hub.sizes else None,
         dense_names=_mapped(config, hub.tensor_names) if hub.tensor_names and _may_tie(config) else (),
         tensor_names=hub.tensor_names,
+    )
+
+
+def _of_hub_gguf(name: str, revision: str | None, token: str | None) -> PlannedSource:
+    found = find_gguf(name, revision=revision, token=token)
+    if (path := found.cached()) is not None:
+        return _of_store(ensure_view(path, name), name)
+    with view_of_headers(found) as view:
+        return replace(_of_store(view, name), is_local=False)
+
+
+def _of_store(folder: Path, name: str) -> PlannedSource:
+    store = Store.open(folder)
+    views = store.manifest.files if isinstance(store, InPlaceStore) else ()
+    return PlannedSource(
+        name=name,
+        config=load_config(folder),
+        checkpoint_bytes=sum(file.num_bytes for file in views) or None,
+        is_local=True,
+        codec=store.codec,
+        dense_codec=store.dense_codec,
+        dense_names=store.dense.keys(),
+        has_mtp=store.mtp is not None,
+        store=store if store.codec == GGUF else None,
     )
 
 

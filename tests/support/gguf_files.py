@@ -21,7 +21,13 @@ ARCHITECTURES = {
     "deepseek_v3": "deepseek2",
     "gpt_oss": "gpt-oss",
     "glm4_moe": "glm4moe",
+    "minimax_m2": "minimax-m2",
+    "dots1": "dots1",
+    "granitemoe": "granitemoe",
+    "hunyuan_v1_moe": "hunyuan-moe",
+    "ernie4_5_moe": "ernie4_5-moe",
 }
+PERMUTED = ("mixtral", "granitemoe")
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -34,6 +40,7 @@ SIZES: dict[str, Any] = {
     "v_head_dim": 32,
 }
 IN_FP32 = ("norm.weight", "bias", "sinks", "router.weight")
+IN_FILE_AS_THEY_ARE = ("mlp.gate.weight", "gate.wg.weight", "shared_expert_gate.weight", "router.weight", "_bias")
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 
 
@@ -124,7 +131,7 @@ def as_llama_cpp(
     name: str, value: Tensor, config: Any, names: Any, is_latent_split: bool = True
 ) -> list[tuple[str, Tensor]]:
     block = name.split(".")[2] if ".layers." in name else ""
-    if ".mlp.experts." in name:
+    if ".mlp.experts." in name or ".block_sparse_moe.experts." in name:
         return [(f"blk.{block}.ffn_{part}", rows) for part, rows in _experts(name.rpartition(".")[2], value, config)]
     if name.endswith("kv_b_proj.weight") and is_latent_split:
         keys, values = value.unflatten(0, (config.num_attention_heads, -1)).split(
@@ -133,16 +140,17 @@ def as_llama_cpp(
         halves = {"k_b": keys.transpose(1, 2), "v_b": values}
         return [(f"blk.{block}.attn_{half}.weight", part.contiguous()) for half, part in halves.items()]
     if name.endswith("e_score_correction_bias"):
-        return [(f"blk.{block}.exp_probs_b.bias", value)]
+        return [(f"blk.{block}.exp_probs_b.bias", value.flatten())]
     if name.endswith("sinks"):
         return [(f"blk.{block}.attn_sinks.weight", value)]
     stem, kind = name.rsplit(".", 1)
-    if config.model_type == "mixtral" and stem.endswith(("q_proj", "k_proj")):
+    if config.model_type in PERMUTED and stem.endswith(("q_proj", "k_proj")):
         heads = config.num_attention_heads if stem.endswith("q_proj") else config.num_key_value_heads
         value = value.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
     if name.endswith("shared_expert_gate.weight"):
         value = value[0]
-    return [(f"{names.get_name(stem)}.{kind}", value.contiguous())]
+    found = names.get_name(stem) or names.get_name(f"{stem}.layer")  # as Granite's files have its router
+    return [(f"{found}.{kind}", value.contiguous())]
 
 
 def _experts(parameter: str, value: Tensor, config: Any) -> list[tuple[str, Tensor]]:
@@ -157,7 +165,7 @@ def _experts(parameter: str, value: Tensor, config: Any) -> list[tuple[str, Tens
 
 
 def _rounded(name: str, value: Tensor, kind: gguf.GGMLQuantizationType, config: Any) -> Tensor:
-    if value.dim() == 1 or name.endswith(("mlp.gate.weight", "shared_expert_gate.weight", "router.weight", "_bias")):
+    if value.dim() == 1 or name.endswith(IN_FILE_AS_THEY_ARE):
         return value
     kept = {"F32": torch.float32, "F16": torch.float16}.get(kind.name, torch.bfloat16)
     if name.endswith("kv_b_proj.weight"):

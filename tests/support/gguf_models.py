@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from tests.support.gguf_files import ARCHITECTURES, as_llama_cpp
+from tests.support.gguf_files import ARCHITECTURES, PERMUTED, as_llama_cpp
 from tests.support.gguf_records import HALVES
 
 Kind = gguf.GGMLQuantizationType
@@ -70,6 +70,36 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "gpt_oss": {"num_local_experts": 4, "head_dim": 64, "sliding_window": 8, "max_position_embeddings": 131072},
     "olmoe": {"num_experts": 4, "num_key_value_heads": 4},
+    "minimax_m2": {
+        "num_local_experts": 4,
+        "head_dim": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
+    "dots1": SHARED
+    | {
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 4,  # llama.cpp reads no others
+        "head_dim": 64,
+        "norm_topk_prob": True,
+        "n_group": 1,
+        "topk_group": 1,
+        "sliding_window": None,
+    },
+    "granitemoe": {
+        "num_local_experts": 4,
+        "attention_multiplier": 0.1,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 64},
+    "ernie4_5_moe": {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_num_shared_experts": 2,
+        "moe_intermediate_size": 256,
+        "moe_layer_start_index": 1,
+    },
 }
 # What the middle of a block's codes is, for types with minima: weights are centred with it.
 MIDDLES = {"Q4_1": -7.5, "Q5_1": -15.5, "Q4_K": 7.5, "Q5_K": 15.5, "Q2_K": 1.5}
@@ -177,10 +207,10 @@ def _as_transformers(name: str, parts: Mapping[str, Tensor], config: Any) -> Ten
     if len(values) == 2:
         return torch.cat(values, dim=1)
     (value,) = values
-    if config.model_type == "mixtral" and name.endswith(("q_proj.weight", "k_proj.weight")):
+    if config.model_type in PERMUTED and name.endswith(("q_proj.weight", "k_proj.weight")):
         heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
         value = value.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-    return value[None] if name.endswith("shared_expert_gate.weight") else value
+    return value[None] if name.endswith(("shared_expert_gate.weight", "moe_statics.e_score_correction_bias")) else value
 
 
 def _add_metadata(writer: gguf.GGUFWriter, config: Any, changes: Mapping[str, Any]) -> None:
@@ -200,7 +230,7 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Any, changes: Mapping[str, An
     }
     if config.model_type == "qwen3_moe":
         keys |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
-    if config.model_type == "mixtral":
+    if config.model_type in PERMUTED:
         keys["rope.dimension_count"] = config.hidden_size // config.num_attention_heads
     if "deepseek" in config.model_type:
         length = config.qk_nope_head_dim + config.qk_rope_head_dim
@@ -237,6 +267,33 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Any, changes: Mapping[str, An
             "rope.scaling.type": "yarn",
             "rope.scaling.factor": float(config.rope_parameters["factor"]),
             "rope.scaling.original_context_length": config.rope_parameters["original_max_position_embeddings"],
+        }
+    if config.model_type in ("minimax_m2", "dots1", "hunyuan_v1_moe"):
+        keys |= {
+            "attention.key_length": config.head_dim,
+            "attention.value_length": config.head_dim,
+            "expert_feed_forward_length": config.intermediate_size,
+        }
+    if config.model_type == "minimax_m2":
+        keys |= {"rope.dimension_count": config.head_dim // 2, "expert_gating_func": 2}
+    if config.model_type == "dots1":
+        keys |= {"expert_gating_func": 2, "expert_weights_norm": config.norm_topk_prob}
+    if config.model_type == "hunyuan_v1_moe":
+        keys["expert_shared_feed_forward_length"] = config.intermediate_size
+    if config.model_type == "granitemoe":
+        keys |= {
+            "attention.scale": config.attention_multiplier,
+            "embedding_scale": config.embedding_multiplier,
+            "residual_scale": config.residual_multiplier,
+            "logit_scale": config.logits_scaling,
+        }
+    if config.model_type == "ernie4_5_moe":
+        keys |= {
+            "expert_feed_forward_length": config.moe_intermediate_size,
+            "expert_shared_count": config.moe_num_shared_experts,
+            "expert_shared_feed_forward_length": config.moe_intermediate_size * config.moe_num_shared_experts,
+            "leading_dense_block_count": config.moe_layer_start_index,
+            "interleave_moe_layer_step": config.moe_layer_interval,
         }
     if hasattr(config, "n_shared_experts"):
         keys |= {
