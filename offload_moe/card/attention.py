@@ -20,9 +20,10 @@ from offload_moe.card.linears import (
     plain_weight,
 )
 from offload_moe.card.nodes import Nodes
+from offload_moe.card.norms import norm_at
 from offload_moe.card.structs import struct
 from offload_moe.decode.step import rotation_of
-from offload_moe.families.layer_spec import AttentionSpec, LayerSpec, NormSpec
+from offload_moe.families.layer_spec import AttentionSpec, LayerSpec
 from offload_moe.native.kernels import Linear
 
 NORM_SPANS = {"none": "OM_NO_NORM", "head": "OM_NORM_OF_HEAD", "all heads": "OM_NORM_OF_ALL"}
@@ -79,8 +80,8 @@ class _Attention:
         inputs = frame.inputs("hidden", codecs, frame.hidden)
         is_plain = any(linear.codec not in codecs for linear, _ in linears)
         normed = frame.floats("normed", frame.hidden) if is_plain else 0
-        weight = self.weight(self.norm)
-        frame.add_norm(self.nodes, weight=weight, epsilon=self.norm.epsilon, added=added, inputs=inputs, normed=normed)
+        norm = norm_at(self.layer, self.norm, frame.hidden)
+        frame.add_norm(self.nodes, norm=norm, added=added, inputs=inputs, normed=normed)
         self.add_projections(linears, inputs, normed)
 
     def add_projections(self, linears: list[tuple[Linear, int]], inputs: Inputs, x: int) -> None:
@@ -89,14 +90,10 @@ class _Attention:
             self.nodes, frame.program, frame.keeper, linears, state=frame.base, inputs=inputs, x=x, rows=frame.rows
         )
 
-    def weight(self, norm: NormSpec) -> int:
-        module: Any = self.layer.get_submodule(norm.path)
-        return self.frame.keeper.numbers(module.weight)
-
     @property
     def view(self) -> Any:
-        window = self.spec.sliding_window or 0
-        return struct("view")(rooms=self.seen.rooms, positions=self.frame.positions, window=window)
+        window, chunk = self.spec.sliding_window or 0, self.spec.chunk or 0
+        return struct("view")(rooms=self.seen.rooms, positions=self.frame.positions, window=window, chunk=chunk)
 
     @property
     def angles(self) -> Any:
@@ -125,14 +122,15 @@ class _Grouped(_Attention):
         heads = [frame.floats(f"head {name}", out_features(each)) for name, each in zip("qkv", linears, strict=True)]
         self.add_first(list(zip(linears, heads, strict=True)), added)
         self.dims = self.spec.head_dim
-        self.num_heads, self.num_kv_heads = (out_features(each) // self.dims for each in linears[:2])
-        self.query = frame.floats("query", out_features(linears[0]))
-        norms = [norm for norm in (self.spec.query_norm, self.spec.key_norm) if norm is not None]
+        self.num_heads, self.num_kv_heads = self.width // self.dims, out_features(linears[1]) // self.dims
+        self.query = frame.floats("query", self.width)
+        self.gates = heads[0] if self.spec.is_query_gated else 0
         params = struct("heads_params")(**{"pass": frame.base}, view=self.view, angles=self.angles, query=self.query)
         params.heads[:] = heads
-        if self.spec.norm_span != "none":
-            params.norms[:] = [self.weight(norm) for norm in norms]
-            params.epsilons[:] = [norm.epsilon for norm in norms]
+        params.is_gated = int(self.spec.is_query_gated)
+        if self.spec.query_scale is not None:
+            params.scale_step, params.scale_strength = self.spec.query_scale.step, self.spec.query_scale.strength
+        self._add_norms(params)
         rotated = 0 if self.spec.rotary == "none" else self.spec.rotated_dims
         kernel = frame.program.kernel(
             "HEADS",
@@ -141,9 +139,24 @@ class _Grouped(_Attention):
             self.dims,
             rotated,
             f"OM_{rotation_of(self.spec).upper()}",
-            NORM_SPANS[self.spec.norm_span],
+            self._norm_span,
         )
         self.add(kernel, params, "OM_HEADS_THREADS", (self.num_heads + 2 * self.num_kv_heads, frame.rows))
+
+    @property
+    def _norm_span(self) -> str:
+        is_last = self.spec.is_normed_rotated and self.spec.norm_span == "head"
+        return "OM_NORM_OF_ROTATED" if is_last else NORM_SPANS[self.spec.norm_span]
+
+    def _add_norms(self, params: Any) -> None:
+        if self.spec.norm_span == "none":
+            return
+        norms = (self.spec.query_norm, self.num_heads), (self.spec.key_norm, self.num_kv_heads)
+        for which, (spec, num_heads) in enumerate(norms):
+            assert spec is not None
+            columns = self.dims * (num_heads if self.spec.norm_span == "all heads" else 1)
+            norm = norm_at(self.layer, spec, columns)
+            params.norms[which], params.epsilons[which] = self.frame.keeper.numbers(norm.weight), norm.epsilon
 
     def attend(self) -> None:
         frame, sinks = self.frame, getattr(self.module, "sinks", None)
@@ -153,6 +166,7 @@ class _Grouped(_Attention):
             view=self.view,
             attended=self.seen.attended,
             sinks=frame.keeper.numbers(sinks),
+            gates=self.gates,
             out=self.out_x,
             inputs=inputs_array(self.out_inputs),
         )
@@ -190,8 +204,7 @@ class _Latent(_Attention):
         normed = 0 if inputs else frame.floats("low query normed", width)
         frame.add_norm(
             self.nodes,
-            weight=self.weight(self.spec.query_norm),
-            epsilon=self.spec.query_norm.epsilon,
+            norm=norm_at(self.layer, self.spec.query_norm, width),
             added=None,
             inputs=inputs,
             normed=normed,
@@ -216,7 +229,7 @@ class _Latent(_Attention):
             angles=self.angles,
             heads=heads,
             compressed=compressed,
-            norm=self.weight(self.spec.key_norm),
+            norm=frame.keeper.numbers(norm_at(self.layer, self.spec.key_norm, rank).weight),
             expansion=self.expansion,
             query=self.query,
             epsilon=self.spec.key_norm.epsilon,

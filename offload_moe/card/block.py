@@ -10,14 +10,17 @@ from torch import nn
 
 from offload_moe.card.frame import Added, Frame
 from offload_moe.card.launches import launch
-from offload_moe.card.linears import Inputs, add_linears, card_matrix, out_features
+from offload_moe.card.linears import Inputs, add_linears, card_matrix, inputs_array, out_features
 from offload_moe.card.mlp import Mlp
 from offload_moe.card.nodes import Node, Nodes
+from offload_moe.card.norms import norm_at
 from offload_moe.card.structs import struct
 from offload_moe.decode.dense import number_linear
 from offload_moe.experts.native import NativeArithmetic
 from offload_moe.families.layer_reference import tensor_at
 from offload_moe.families.layer_spec import LayerSpec, RouterSpec
+
+SCORINGS = {"softmax": "SOFTMAX", "sigmoid": "SIGMOID", "sparsemixer": "MIXER"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,7 @@ class RoutedBlock:
     take: Node
     top_k: int
     stride: int
+    scales_inputs: bool
 
 
 def add_dense(nodes: Nodes, frame: Frame, layer: nn.Module, spec: LayerSpec, added: Added) -> Added:
@@ -64,11 +68,13 @@ def add_routed(
     top_k, shared = spec.router.top_k, None if spec.shared is None else Mlp(layer, spec.shared)
     stride = top_k + (shared is not None)
     codec = experts.arithmetic.kernel.codec
-    inputs = frame.inputs("block", {codec} | (shared.codecs if shared else set()), frame.hidden)
+    own = set() if spec.router.scales_inputs else {codec}
+    inputs = frame.inputs("block", own | (shared.codecs if shared else set()), frame.hidden)
     normed = frame.floats("normed", frame.hidden)
     shares = _add_norm(nodes, frame, layer, spec, added, inputs, normed)
     ids, weights = _add_router(nodes, frame, layer, spec.router, normed)
-    maker = _Maker(frame, experts, inputs[codec], ids, weights, top_k, stride)
+    x = _add_scaled(nodes, frame, experts, top_k, normed, weights) if spec.router.scales_inputs else inputs[codec]
+    maker = _Maker(frame, experts, x, ids, weights, top_k, stride, are_scaled=spec.router.scales_inputs)
     resolve_at = nodes.add("om_resolve", maker.resolve_params(normed), threads=launch("OM_RESOLVE_THREADS"), grid=(1,))
     queued, hits = Nodes(), Nodes()
     maker.add_experts(queued, maker.hits, "hits", after=())
@@ -85,6 +91,7 @@ def add_routed(
         take=maker.take(),
         top_k=top_k,
         stride=stride,
+        scales_inputs=spec.router.scales_inputs,
     )
     return block, Added(address=maker.pairs, num_parts=stride, from_zero=True, scale=spec.residual_scale)
 
@@ -96,11 +103,9 @@ def _add_norm(
     assert spec.before_mlp is not None
     gate = spec.shared.scale_gate if spec.shared is not None else ""
     shares = frame.floats("shares", 1) if gate else 0
-    weight: Any = layer.get_submodule(spec.before_mlp.path)
     frame.add_norm(
         nodes,
-        weight=frame.keeper.numbers(weight.weight),
-        epsilon=spec.before_mlp.epsilon,
+        norm=norm_at(layer, spec.before_mlp, frame.hidden),
         added=added,
         inputs=inputs,
         normed=normed,
@@ -135,6 +140,7 @@ def _add_router(nodes: Nodes, frame: Frame, layer: nn.Module, spec: RouterSpec, 
         ids=ids,
         weights=weights,
         scale=spec.scale,
+        jitter=spec.jitter,
     )
     kernel = frame.program.kernel(
         "ROUTE",
@@ -143,18 +149,48 @@ def _add_router(nodes: Nodes, frame: Frame, layer: nn.Module, spec: RouterSpec, 
         spec.num_groups,
         spec.num_chosen_groups,
         1 if spec.group_score == "max" else 2,
-        int(spec.scoring == "sigmoid"),
+        f"OM_{SCORINGS[spec.scoring]}",
         int(spec.is_normalized),
     )
     nodes.add(kernel, params, threads=launch("OM_ROUTE_THREADS"), grid=(frame.rows,))
     return ids, weights
 
 
+def _add_scaled(nodes: Nodes, frame: Frame, experts: Experts, top_k: int, normed: int, weights: int) -> Any:
+    """Behind a router that scales the inputs of experts: a row for each pair. Returns where they are."""
+    codec = experts.arithmetic.kernel.codec
+    x = frame.scratch.input(f"scaled {codec}", frame.rows * top_k, frame.hidden)
+    params = struct("scale_params")(
+        **{"pass": frame.base},
+        x=normed,
+        weights=weights,
+        inputs=inputs_array({codec: x}),
+        weight_scale=experts.arithmetic.pair_scale,
+        top_k=top_k,
+    )
+    grid = (launch("OM_QUANTIZE_BLOCKS", frame.hidden), frame.rows * top_k)
+    nodes.add(frame.program.kernel("SCALE", frame.hidden), params, threads=launch("OM_QUANTIZE_THREADS"), grid=grid)
+    return x
+
+
 class _Maker:
     """Launches behind a router."""
 
-    def __init__(self, frame: Frame, experts: Experts, x: Any, ids: int, weights: int, top_k: int, stride: int) -> None:
+    def __init__(
+        self,
+        frame: Frame,
+        experts: Experts,
+        x: Any,
+        ids: int,
+        weights: int,
+        top_k: int,
+        stride: int,
+        *,
+        are_scaled: bool,
+    ) -> None:
+        """x: of each row, or of each pair where those are scaled."""
         self.frame, self.experts, self.x, self.ids, self.weights = frame, experts, x, ids, weights
+        self.are_scaled = are_scaled
         self.top_k, self.stride, self.num_pairs = top_k, stride, frame.rows * top_k
         scratch = frame.scratch
         self.hits, self.fetched = (scratch.addresses(name, self.num_pairs) for name in ("hits", "fetched"))
@@ -200,6 +236,7 @@ class _Maker:
             alpha=moe.alpha,
             limit=moe.limit,
             top_k=self.top_k,
+            pairs_of_input=1 if self.are_scaled else self.top_k,
         )
         rows, has_gate = frame.rows, int(moe.has_gate)
         nodes.add(
@@ -215,7 +252,7 @@ class _Maker:
             matrix=card_matrix(moe.second),
             addresses=addresses,
             ids=self.ids,
-            weights=self.weights,
+            weights=0 if self.are_scaled else self.weights,
             pairs=self.pairs,
             weight_scale=self.experts.arithmetic.pair_scale,
             top_k=self.top_k,

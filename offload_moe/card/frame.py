@@ -7,6 +7,7 @@ from offload_moe.card.launches import launch
 from offload_moe.card.linears import Inputs, Keeper, inputs_array
 from offload_moe.card.memory import Scratch
 from offload_moe.card.nodes import Nodes
+from offload_moe.card.norms import Norm
 from offload_moe.card.program import Program
 from offload_moe.card.structs import struct
 
@@ -78,8 +79,7 @@ class Frame:
         self,
         nodes: Nodes,
         *,
-        weight: int,
-        epsilon: float,
+        norm: Norm,
         added: Added | None,
         inputs: Inputs,
         normed: int = 0,
@@ -96,13 +96,14 @@ class Frame:
             **{"pass": self.base},
             x=source,
             added=0 if added is None else added.address,
-            weight=weight,
+            weight=self.keeper.numbers(norm.weight),
+            bias=self.keeper.numbers(norm.bias),
             gate=gate,
             sum=source if keeps_sum and added is not None else 0,
             normed=normed,
             shares=shares,
             inputs=inputs_array(inputs),
-            epsilon=epsilon,
+            epsilon=norm.epsilon,
             scale=1.0 if added is None else added.scale,
             num_added=0 if added is None else added.num_parts,
             from_zero=int(added is not None and added.from_zero),

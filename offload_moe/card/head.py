@@ -7,6 +7,7 @@ from offload_moe.card.frame import Added, Frame
 from offload_moe.card.launches import launch
 from offload_moe.card.linears import add_linears, codecs_of, out_features
 from offload_moe.card.nodes import Nodes
+from offload_moe.card.norms import Norm
 from offload_moe.card.structs import struct
 from offload_moe.native.constants import GIVES_HIDDEN, GIVES_LOGITS, GIVES_TOKENS
 from offload_moe.native.kernels import Linear
@@ -15,14 +16,12 @@ GIVEN = (GIVES_HIDDEN, GIVES_LOGITS, GIVES_TOKENS)
 HIDDEN, LOGITS = "hidden out", "next logits"  # buffers: fp32 ``[R, H]`` and ``[R, V]``
 
 
-def add_end(
-    nodes: Nodes, frame: Frame, norm: tuple[int, float], head: Linear | None, added: Added, *, gives: int
-) -> None:
-    """The end of a pass that gives one of `GIVEN`. norm: address of the weight, and epsilon."""
+def add_end(nodes: Nodes, frame: Frame, norm: Norm, head: Linear | None, added: Added, *, gives: int) -> None:
+    """The end of a pass that gives one of `GIVEN`."""
     has_head = head is not None and gives != GIVES_HIDDEN
     codecs = codecs_of([head]) if head is not None and has_head else set()
     inputs, hidden = frame.inputs("last", codecs, frame.hidden), frame.floats(HIDDEN, frame.hidden)
-    frame.add_norm(nodes, weight=norm[0], epsilon=norm[1], added=added, inputs=inputs, normed=hidden)
+    frame.add_norm(nodes, norm=norm, added=added, inputs=inputs, normed=hidden)
     if head is not None and has_head:
         logits = frame.floats(LOGITS, out_features(head))
         add_linears(

@@ -7,16 +7,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from offload_moe.card.linears import linear_of
+from offload_moe.card.norms import Norm, norm_of
 from offload_moe.decode.dense import NarrowEmbedding
 from offload_moe.decode.head import gives_products
 from offload_moe.decode.probe import Uncovered
+from offload_moe.decode.rotation import RotationKeeper, rotation_keeper
 from offload_moe.decode.wiring import Wiring, wiring_of
 from offload_moe.errors import DevicePassUnavailable
 from offload_moe.experts.attach import AdaptedForward, BoundExperts, bound_experts
 from offload_moe.families.layer_classes import LAYERS
-from offload_moe.families.layer_spec import LayerSpec
+from offload_moe.families.layer_spec import LayerSpec, RouterSpec
 from offload_moe.families.limits import card_limits
-from offload_moe.families.read_layer import layer_spec
+from offload_moe.families.read_layer import layer_spec, norm_spec
 from offload_moe.families.text_model import TextModel
 from offload_moe.native.kernels import Linear
 from offload_moe.native.planes import DTYPES
@@ -35,20 +37,27 @@ class DecoderLayer:
 class DecoderParts:
     """A decoder whose layers the device pass takes.
 
-    table: of the embedding, ``[V, H]``. final_norm: weight and epsilon. head: the output head, whose products are the
-    model's logits; None where they are not, or it has no kernel, for this reason.
+    table: of the embedding, ``[V, H]``. head: the output head, whose products are the
+    model's logits; None where they are not, or it has no kernel, for this reason. rotation: of a model that rotates by
+    the length of the sequence.
     """
 
     wiring: Wiring
     layers: Sequence[DecoderLayer]
     table: Tensor
-    final_norm: tuple[Tensor, float]
+    final_norm: Norm
     head: Linear | None
     why_no_head: str
+    rotation: RotationKeeper | None
 
     @property
     def hidden(self) -> int:
         return int(self.table.shape[1])
+
+    @property
+    def routers(self) -> list[RouterSpec]:
+        """Of the layers that have one."""
+        return [layer.spec.router for layer in self.layers if layer.spec.router is not None]
 
 
 def why_not(hf: TextModel) -> str:
@@ -86,27 +95,30 @@ def decoder_parts(hf: TextModel) -> DecoderParts:
         wiring=wiring,
         layers=[_decoder_layer(module) for module in wiring.layers],
         table=embedding.weight.detach(),
-        final_norm=_final_norm(wiring.norm),
+        final_norm=_final_norm(wiring.norm, embedding.weight),
         head=head,
         why_no_head=why_no_head,
+        rotation=rotation_keeper(hf),
     )
 
 
 def _decoder_layer(module: nn.Module) -> DecoderLayer:
     spec = layer_spec(module)
     assert spec is not None
-    experts = None if spec.router is None else module.get_submodule(spec.experts)
-    bound = None if experts is None else bound_experts(experts)
-    if experts is not None and isinstance(vars(experts).get("forward"), AdaptedForward):
+    if spec.router is None:
+        return DecoderLayer(module=module, spec=spec, bound=None)
+    is_block = spec.router.scales_inputs  # whose adapter passes them on, as it is declared
+    experts = module.get_submodule(spec.experts.rpartition(".")[0] if is_block else spec.experts)
+    if isinstance(vars(experts).get("forward"), AdaptedForward) and not is_block:
         raise DevicePassUnavailable("experts with a forward of an adapter's own")
-    return DecoderLayer(module=module, spec=spec, bound=bound)
+    return DecoderLayer(module=module, spec=spec, bound=bound_experts(experts))
 
 
-def _final_norm(norm: Any) -> tuple[Tensor, float]:
-    epsilons = [getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)]
-    if not epsilons or isinstance(norm, nn.LayerNorm):
-        raise DevicePassUnavailable(f"a last norm that is a {type(norm).__name__}")
-    return norm.weight.detach(), float(epsilons[0])
+def _final_norm(module: Any, table: Tensor) -> Norm:
+    spec = norm_spec(module)
+    if spec is None or (spec.is_centered and module.bias is None):
+        raise DevicePassUnavailable(f"a last norm that is a {type(module).__name__}")
+    return norm_of(module, spec, table.shape[1], table.device)
 
 
 def _head(hf: TextModel, wiring: Wiring) -> tuple[Linear | None, str]:

@@ -72,6 +72,8 @@ class CardPass:
         head = constant("OM_CARD_LOG_HEAD")
         most_log_ints = (first.log_ints - head) * MAX_ROWS + head
         self._log = np.zeros(len(parts.layers) * most_log_ints, dtype=np.int32)
+        scaling = [router.top_k for router in parts.routers if router.scales_inputs]
+        self._scaled = np.zeros((MAX_ROWS * max(scaling, default=0), parts.hidden), dtype=np.float32)
         params = struct("apply_params")(
             state=tables.state.data_ptr(), tables=tables.pool.tables, edits=tables.edits.address
         )
@@ -85,6 +87,7 @@ class CardPass:
             ram=hierarchy.ram.residency.table.handle,
             host_normed=tables.host_normed.host,
             host_pairs=tables.host_pairs.host,
+            scaled=self._scaled.ctypes.data,
             hidden=parts.hidden,
         )
         self._handle: int = self._library.om_card_open(ctypes.addressof(self._options))
@@ -228,6 +231,10 @@ class CardPass:
         end = max(positions) + 1
         if end > self.rooms.angles.num_positions:
             raise TransferError(f"Position {end} is beyond the {self.rooms.angles.num_positions} that were planned.")
+        if not self.rooms.angles.are_of(end):
+            self._session.synchronize()
+            self.rooms.angles.turn(end)
+            self._session.synchronize()
         has_place = self.rooms.has_place(caches, positions)
         if not has_place:
             self._session.synchronize()

@@ -1,4 +1,4 @@
-"""Where the card finds keys and values: rooms of the cache that prompts write, in pages, and tables of rotary angles.
+"""Where the card finds keys and values: rooms of the cache that prompts write, in pages.
 
 T rows, D dims.
 """
@@ -11,38 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload_moe.card.angles import Angles
 from offload_moe.card.attention import Seen, value_width
 from offload_moe.card.memory import Allocate
 from offload_moe.card.model import DecoderParts
 from offload_moe.card.structs import constant, struct
-from offload_moe.decode.cache import ROOMY, RoomyLayer
+from offload_moe.decode.cache import ROOMY, RoomyLayer, window_of
+from offload_moe.families.layer_spec import AttentionSpec
 from offload_moe.native.constants import MAX_ROWS
 
 PAGE, SECTION = constant("OM_CARD_PAGE"), constant("OM_CARD_SECTION")
-ANGLES_AT_ONCE = 4096  # positions
 BF16_BYTES = 2
-
-
-class Angles:
-    """Tables of the rotary embedding: cos and signed sin ``[positions, D]``."""
-
-    def __init__(self, parts: DecoderParts, num_positions: int, device: torch.device) -> None:
-        """Of the first positions. Raises: Uncovered where the embedding is of other dims than the layers rotate."""
-        rotated = {layer.spec.attention.rotated_dims for layer in parts.layers if layer.spec.attention.rotary != "none"}
-        self.num_positions = num_positions
-        self.cos = self.signed_sin = torch.zeros(1, 1, device=device)
-        if rotated:
-            wiring, (dims,) = parts.wiring, rotated
-            rotary = wiring.step_rotary(dims)
-            tables: list[tuple[Tensor, Tensor]] = []
-            with torch.inference_mode():
-                for first in range(0, num_positions, ANGLES_AT_ONCE):
-                    positions = torch.arange(first, min(first + ANGLES_AT_ONCE, num_positions), device=device)[None]
-                    tables.append(rotary.prepare(wiring.embed_positions(positions)))
-                self.cos, self.signed_sin = (
-                    torch.cat([table[part].reshape(-1, dims).float() for table in tables]).contiguous()
-                    for part in (0, 1)
-                )
 
 
 class Attended:
@@ -135,13 +114,13 @@ class Rooms:
         """Whether the next tokens of a sequence can be written in place, at positions that the tables have."""
         if cache is None or len(cache.layers) < len(self._parts.layers):
             return False
-        if cache.get_seq_length() + num_tokens > self.angles.num_positions:
+        if not self.angles.takes(cache.get_seq_length() + num_tokens):
             return False
         held = self._held.get(id(cache))
         if held is not None and held.has_room(num_tokens):
             return True
         return all(
-            type(layer) in ROOMY and layer.takes(num_tokens, torch.bfloat16, each.spec.attention.sliding_window)
+            _takes(layer, each.spec.attention, num_tokens)
             for layer, each in zip(cache.layers, self._parts.layers, strict=False)
         )
 
@@ -212,6 +191,11 @@ class Rooms:
         used = {(address, known[2]) for known in self._known.values() for address in known[:2]}
         for key in self._pages.keys() - used:
             del self._pages[key]
+
+
+def _takes(layer: Any, spec: AttentionSpec, num_tokens: int) -> bool:
+    window = window_of(layer, spec.sliding_window, spec.chunk)
+    return type(layer) in ROOMY and layer.takes(num_tokens, torch.bfloat16, window)
 
 
 def _write(memory: Tensor, value: "ctypes.Structure | ctypes.Array[Any]") -> None:

@@ -71,7 +71,7 @@ class CardSteps:
         """Describe, compile and make the graphs. Raises: DevicePassUnavailable, BudgetError, TransferError."""
         self.rows = rows
         self._parts, self._shared, self._session = parts, shared, session
-        top_k = max((layer.spec.router.top_k for layer in parts.layers if layer.spec.router), default=1)
+        top_k = max((router.top_k for router in parts.routers), default=1)
         self.top_k = top_k
         self.log_ints = launch("OM_CARD_LOG_INTS", rows * top_k)
         self.num_layers = len(parts.layers)
@@ -198,8 +198,8 @@ class CardSteps:
 
     def _ends(self, added: Added) -> tuple[list[Nodes], Nodes]:
         """By what a pass gives; and the choice alone. Without the head every pass gives the hidden state."""
-        frame, head, (weight, epsilon) = self._frame, self._parts.head, self._parts.final_norm
-        norm, ends, choice = (frame.keeper.numbers(weight), epsilon), [], Nodes()
+        frame, head, norm = self._frame, self._parts.head, self._parts.final_norm
+        ends, choice = [], Nodes()
         for gives in GIVEN:
             ends.append(Nodes())
             add_end(ends[-1], frame, norm, head, added, gives=gives)
@@ -216,7 +216,7 @@ class CardSteps:
         made.resolve, made.take = self._node(block.resolve), self._node(block.take)
         made.moe = experts.arithmetic.kernel.struct_address
         made.first_key, made.top_k, made.stride = experts.first_key, block.top_k, block.stride
-        made.weight_scale = experts.arithmetic.pair_scale
+        made.weight_scale, made.scales_inputs = experts.arithmetic.pair_scale, int(block.scales_inputs)
         return made
 
     def _executable(self, nodes: Nodes) -> int:

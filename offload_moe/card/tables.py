@@ -44,7 +44,7 @@ class CardTables:
         self.edits = Edits(session, 3 * num_keys + 3 * num_slots + OTHER_EDITS)
         self.sources = Sources(hierarchy.ram, hierarchy.arena, hierarchy.is_direct, session)
         row_bytes = 4 * parts.hidden
-        stride = max((layer.spec.router.top_k + 1 for layer in parts.layers if layer.spec.router), default=1)
+        stride = max((router.top_k + 1 for router in parts.routers), default=1)
         self._notice = SharedMemory(session, ctypes.sizeof(struct("notice")))
         self.host_normed = SharedMemory(session, MAX_ROWS * row_bytes)
         self.host_pairs = SharedMemory(session, MAX_ROWS * stride * row_bytes)

@@ -328,6 +328,14 @@ def returning_layers(cache: Cache) -> list[RoomyLayer | RoomySlidingLayer | Stat
     return layers
 
 
+def window_of(layer: Any, window: int | None, chunk: int | None) -> int | None:
+    """What `takes` is given of a layer of a cache. window, chunk: as of `AttentionSpec`.
+
+    A sliding layer keeps a chunk as it keeps a window.
+    """
+    return chunk if type(layer) is RoomySlidingLayer and chunk is not None else window
+
+
 def begin(cache: Any, index: int, keys: Tensor, values: Tensor) -> None:
     """Give the cache of one sequence a layer of ours, where it has none of this index yet.
 

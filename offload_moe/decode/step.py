@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from offload_moe.decode.cache import ROOMY, RoomySlidingLayer, begin, give_room
+from offload_moe.decode.cache import ROOMY, RoomySlidingLayer, begin, give_room, window_of
 from offload_moe.decode.dense import QuantLinear
 from offload_moe.decode.hooks import Forwards, are_watched, hooks_of
 from offload_moe.decode.norm import FusedRMSNorm
@@ -53,9 +53,8 @@ class CachedStep:
         if self._layer >= len(cache.layers):
             return False
         layer = cache.layers[self._layer]
-        if type(layer) is RoomySlidingLayer and self._chunk is not None:
-            window = self._chunk
-        return type(layer) in ROOMY and layer.takes(num_tokens, self.cache_dtype, window)
+        seen = window_of(layer, window, self._chunk)
+        return type(layer) in ROOMY and layer.takes(num_tokens, self.cache_dtype, seen)
 
     def places(self, cache: Any, num_tokens: int = 1) -> list[int]:
         """Of each token the fields of `rooms_array`: the cache counts what the kernel will write."""

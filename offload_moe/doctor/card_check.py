@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload_moe.card.angles import Angles
 from offload_moe.card.forward import CardForward
 from offload_moe.card.mode import Mode
 from offload_moe.card.model import decoder_parts
 from offload_moe.card.passes import CardPass
-from offload_moe.card.rooms import Angles
 from offload_moe.decode.cache import give_room
 from offload_moe.doctor.outcome import Failed, Skipped
 from offload_moe.engine.load import load

@@ -45,26 +45,10 @@ def layer_limits(spec: LayerSpec) -> list[str]:
 def card_limits(spec: LayerSpec) -> list[str]:
     """All limits of the device pass."""
     attention = spec.attention
-    norms = (spec.before_attention, spec.before_mlp, attention.query_norm, attention.key_norm)
+    norms = (attention.query_norm, attention.key_norm)
     reasons = {
         "a delta rule": attention.delta is not None,
-        "gates beside its queries": attention.is_query_gated,
-        "norms of queries and keys after the rotation": attention.is_normed_rotated and attention.norm_span != "none",
-        "chunks": attention.chunk is not None,
-        "queries scaled by their position": attention.query_scale is not None,
+        "norms of all its heads after the rotation": attention.is_normed_rotated and attention.norm_span == "all heads",
+        "layer norms of queries and keys": any(norm is not None and norm.is_centered for norm in norms),
     }
-    added = (
-        ["norms whose weights are added to one"] if any(norm is not None and norm.is_from_one for norm in norms) else []
-    )
-    centered = ["layer norms"] if any(norm is not None and norm.is_centered for norm in norms) else []
-    router = {
-        "a sparse mixer": spec.router is not None and spec.router.scoring == "sparsemixer",
-        "weights that scale the experts' inputs": spec.router is not None and spec.router.scales_inputs,
-    }
-    return [
-        *layer_limits(spec),
-        *centered,
-        *_phrase("attention", reasons),
-        *_phrase("a router", router),
-        *added,
-    ]
+    return [*layer_limits(spec), *_phrase("attention", reasons)]

@@ -197,13 +197,17 @@ def _mlp(layer: Any, path: str, activation: str, scale_gate: str = "") -> MLPSpe
 
 def _norm(module: Any, name: str, below: str = "") -> NormSpec | None:
     norm = _child(module, name)
-    if norm is None:
+    return None if norm is None else norm_spec(norm, _join(below, name) if below else name)
+
+
+def norm_spec(norm: Any, path: str = "") -> NormSpec | None:
+    """What a norm computes; None where it names no epsilon."""
+    epsilons = [getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)]
+    if not epsilons:
         return None
-    epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
-    path = _join(below, name) if below else name
     return NormSpec(
         path=path,
-        epsilon=epsilon,
+        epsilon=float(epsilons[0]),
         is_centered=isinstance(norm, nn.LayerNorm),
         has_weight=hasattr(norm, "weight"),
         is_from_one=type(norm).__name__ in NORMS_FROM_ONE,

@@ -295,6 +295,7 @@ class CardLayerStruct(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("attend", "experts", "hits", "resolve", "take", "moe")),
         *((name, ctypes.c_int64) for name in ("first_key", "top_k", "stride")),
         ("weight_scale", ctypes.c_float),
+        ("scales_inputs", ctypes.c_int32),
     )
 
 
@@ -316,7 +317,7 @@ class CardOptionsStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("session", "apply", "notice", "edits", "host_log", "ram")),
-        *((name, ctypes.c_void_p) for name in ("host_normed", "host_pairs")),
+        *((name, ctypes.c_void_p) for name in ("host_normed", "host_pairs", "scaled")),
         ("hidden", ctypes.c_int64),
     )
 

@@ -124,7 +124,9 @@ class _Layer:
         latent = self._attention.latent
         # Latents: two projections for the query with a norm between them, or two codecs of the first projections.
         attention = ATTENTION_NODES + (0 if latent is None else 2 if latent.query_rank else 1)
-        return attention + (ROUTER_NODES if self.spec.router else 1 + MLP_NODES)
+        if self.spec.router is None:
+            return attention + 1 + MLP_NODES
+        return attention + ROUTER_NODES + int(self.spec.router.scales_inputs)
 
     @property
     def hit_nodes(self) -> int:
@@ -140,6 +142,7 @@ class _Layer:
         hidden, pairs = self._hidden, self._top_k
         floats = 6 * hidden + self._heads() + self._width + self._num_experts + 2 * pairs + (pairs + 1) * hidden
         quantized = 3 * hidden + self._width + self._mlp + 2 * pairs * self._inner
+        quantized += pairs * hidden if self.spec.router and self.spec.router.scales_inputs else 0
         return FLOAT * floats + quantized + quantized // 8 + 2 * ADDRESS * pairs
 
     @property
@@ -166,7 +169,7 @@ class _Layer:
         spec, latent = self._attention, self._attention.latent
         queries = spec.num_heads * spec.head_dim
         if latent is None:
-            return 2 * queries + 2 * self._keys
+            return (3 if spec.is_query_gated else 2) * queries + 2 * self._keys
         compressed = latent.key_value_rank + spec.rotated_dims
         return queries + 2 * latent.query_rank + compressed + spec.num_heads * compressed
 

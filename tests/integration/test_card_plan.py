@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler
 FAMILIES: dict[str, dict[str, object]] = {
     "qwen3_moe": {},
     "deepseek_v3": {"qk_rope_head_dim": 16},  # latents, a dense layer, a shared expert
+    "llama4_text": {"moe_layers": [0, 1, 2]},  # inputs that are scaled, a shared expert
 }
 
 
@@ -54,7 +55,9 @@ def planned(family: str, num_layers: int) -> PassShape:
     return shape.device_pass
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepseek_v3", "llama4_text"))]
+)
 def test_launches_and_buffers_are_those_of_the_pass(family: str, tmp_path: Path) -> None:
     checkpoint = tmp_path / family
     tiny_model(family, **FAMILIES[family]).to(torch.bfloat16).save_pretrained(checkpoint)

@@ -42,6 +42,27 @@ FAMILIES: dict[str, dict[str, object]] = {
         "first_k_dense_replace": 1,
         "head_dim": 16,
     },
+    "phimoe": {  # layer norms, a sparse mixer, biases
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "router_jitter_noise": 0.2,
+        "attention_bias": True,
+        "lm_head_bias": True,
+    },
+    "llama4_text": {  # chunks, layers without rotation whose queries are scaled, experts whose inputs are
+        "head_dim": 16,
+        "num_hidden_layers": 5,
+        "moe_layers": [1, 2, 4],
+        "no_rope_layers": [1, 0, 1, 0, 1],
+        "layer_types": [*["chunked_attention", "full_attention"] * 2, "chunked_attention"],
+        "attention_chunk_size": 7,
+        "floor_scale": 3,
+        "attn_scale": 0.7,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size_mlp": 64,
+    },
+    "hunyuan_v1_moe": {"head_dim": 16},  # norms of heads behind their rotation
 }
 
 

@@ -15,6 +15,11 @@ SHAPES = {
     "Ernie": Grouped(num_heads=12, num_kv_heads=1, head_dim=16, rotated_dims=16, rotation="pairs"),
     "GLM": Grouped(num_heads=5, num_kv_heads=1, head_dim=48, rotated_dims=24, norm_span="head"),
     "Qwen3.5": Grouped(num_heads=14, num_kv_heads=2, head_dim=256, rotated_dims=64, rotation="pairs_to_halves"),
+    "Llama 4": Grouped(
+        num_heads=10, num_kv_heads=2, head_dim=32, rotated_dims=32, rotation="pairs", norm_span="rotated"
+    ),
+    "HunYuan": Grouped(num_heads=4, num_kv_heads=2, head_dim=144, rotated_dims=80, norm_span="rotated"),
+    "Qwen3-Next": Grouped(num_heads=8, num_kv_heads=2, head_dim=32, rotated_dims=16, norm_span="head", is_gated=True),
     "without rotation": Grouped(num_heads=3, num_kv_heads=1, head_dim=128, rotated_dims=0, norm_span="head"),
 }
 

@@ -24,6 +24,7 @@ FAMILIES = {
     "gpt-oss": Family(
         codec="mxfp4", hidden=96, intermediate=96, top_k=3, activation="gpt_oss", has_bias=True, compiled=4
     ),
+    "llama4": Family(codec="nf4", hidden=200, intermediate=48, top_k=2, compiled=4, are_scaled=True),
     "without gates": Family(codec="mxfp4", hidden=160, intermediate=72, top_k=2, activation="relu2", has_gate=False),
 }
 MLP = ("nf4", "int8", 200, 104, 2)  # codecs of gate and up, and of down; hidden, intermediate, compiled rows
@@ -37,7 +38,7 @@ COMPILED += [
 
 def run(family: Family, records: Records, x: np.ndarray, choice: Choice, seed: int = 0) -> np.ndarray:
     layer = CardExperts(family, records, COMPILED, len(x), seed)
-    layer.quantize(x)
+    layer.scale(x, choice) if family.are_scaled else layer.quantize(x)
     layer.compute(choice, layer.addresses(choice))
     assert (layer.pairs[len(x) :] == 5.0).all()
     return layer.sums()
@@ -63,7 +64,7 @@ def test_all_rows_may_choose_the_same_experts() -> None:
     assert np.array_equal(bits(run(family, records, x, choice)), bits(library_rows(family, records, x, choice)))
 
 
-@pytest.mark.parametrize("name", ["deepseek", "mixtral", "gpt-oss"])
+@pytest.mark.parametrize("name", ["deepseek", "mixtral", "gpt-oss", "llama4"])
 def test_extreme_groups_and_scales(name: str) -> None:
     family = FAMILIES[name]
     records = family.records()
@@ -93,6 +94,20 @@ def test_missing_experts_are_left_out_and_computed_by_another_launch(name: str) 
         assert (layer.pairs[row, ranks[row, place]] == 5.0).all()
     layer.compute(choice, layer.addresses(choice, ~present))
     assert np.array_equal(bits(layer.sums()), bits(library_rows(family, records, x, choice)))
+
+
+def test_no_input_is_scaled_once_the_pass_is_stopped_or_behind_the_last_row() -> None:
+    family = FAMILIES["llama4"]
+    x, choice = random_rows(3, family.hidden), choose(family, 3)
+    layer = CardExperts(family, family.records(), COMPILED, 3, 0)
+    layer.card.stop[0] = 1
+    layer.scale(x, choice)
+    assert (layer.input["quants"] == 77).all()
+    layer.card.stop[0] = 0
+    layer.scale(x, choice)
+    quants = layer.input["quants"].reshape(family.compiled * family.top_k, -1)
+    assert (quants[3 * family.top_k :] == 77).all()
+    assert not (quants[: 3 * family.top_k] == 77).all(axis=1).any()
 
 
 def test_nothing_is_written_once_the_pass_is_stopped() -> None:

@@ -27,9 +27,9 @@ COMPILED += [("MLP_FIRST", "OM_INT8", "OM_INT8", 200, 72, 2, "OM_SILU"), ("MLP_S
 COMPILED = list(dict.fromkeys(COMPILED))
 
 
-def norm_of(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+def norm_of(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
     out = torch.empty(x.shape)
-    kernel = kernels.NormKernel(torch.from_numpy(weight), EPSILON)
+    kernel = kernels.NormKernel(torch.from_numpy(weight), EPSILON, None if bias is None else torch.from_numpy(bias))
     for row, result in zip(torch.from_numpy(x), out, strict=True):
         kernel.step(row.contiguous(), result)
     return out.numpy()
@@ -48,6 +48,20 @@ def test_norms_and_their_inputs(hidden: int) -> None:
             card.run("NORM", (hidden,), params, rows=[num_rows + 1])
             assert np.array_equal(bits(normed[:num_rows]), bits(expected))
             assert (normed[num_rows:] == 5.0).all()
+            check_inputs(inputs, expected)
+
+
+@pytest.mark.parametrize("hidden", [64, 200])
+def test_layer_norms(hidden: int) -> None:
+    weight, bias = random_rows(2, hidden, seed=5)
+    for x in (random_rows(3, hidden) + np.float32(3), extreme_rows(8, hidden)):
+        num_rows, expected = len(x), norm_of(x, weight, bias)
+        for seed in (0, 1, 5):
+            card, normed = Card(COMPILED, num_rows, seed=seed), np.empty((num_rows, hidden), np.float32)
+            inputs = [card.input(codec, hidden, num_rows) for codec in ("nf4", "int8", "mxfp4")]
+            params = {"x": copied(x), "weight": copied(weight), "bias": copied(bias), "epsilon": EPSILON}
+            card.run("NORM", (hidden,), {**params, "normed": normed, "inputs": inputs}, rows=[num_rows])
+            assert np.array_equal(bits(normed), bits(expected))
             check_inputs(inputs, expected)
 
 

@@ -17,6 +17,8 @@ ROUTERS = {
     "DeepSeek-V3": Router(num_experts=40, top_k=6, is_sigmoid=True, num_groups=8, num_chosen_groups=3),
     "single groups": Router(num_experts=40, top_k=20, num_groups=40, num_chosen_groups=20),
     "MiniMax": Router(num_experts=300, top_k=8, is_sigmoid=True),
+    "Phi-3.5-MoE": Router(num_experts=16, top_k=2, is_of_chosen=False, jitter=0.01),
+    "a mixer that takes half": Router(num_experts=40, top_k=20, is_of_chosen=False, jitter=0.3),
     "Llama4": Router(num_experts=16, top_k=1, is_sigmoid=True, is_of_chosen=False),
 }
 

@@ -221,7 +221,8 @@
     FIELD(T, const om_moe_layer *, moe, ) /* its experts, for the CPU */ \
     FIELD(T, int64_t, first_key, ) FIELD(T, int64_t, top_k, ) \
     FIELD(T, int64_t, stride, ) /* rows of H that each row of a pass has among the experts' results */ \
-    FIELD(T, float, weight_scale, )
+    FIELD(T, float, weight_scale, ) \
+    FIELD(T, int32_t, scales_inputs, ) /* weights multiply what the experts are given */
 
 /* A pass for up to so many rows as its kernels were compiled for. */
 #define OM_CARD_STEPS_FIELDS(FIELD, T) \
@@ -236,6 +237,7 @@
     FIELD(T, void *, host_log, ) \
     FIELD(T, om_slot_table *, ram, ) \
     FIELD(T, float *, host_normed, ) FIELD(T, float *, host_pairs, ) /* shared memory: [OM_MAX_ROWS, H], [OM_MAX_ROWS, stride, H] */ \
+    FIELD(T, float *, scaled, ) /* [OM_MAX_ROWS * K, H], where inputs are scaled */ \
     FIELD(T, int64_t, hidden, )
 
 /* In an order in which each uses only earlier ones. */

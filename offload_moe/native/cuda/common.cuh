@@ -88,6 +88,27 @@ OM_DEVICE float own_exp(float t) {
     return __fmul_rn(p, __uint_as_float((__float_as_uint(shifted) << 23) + 0x3f800000u));
 }
 
+/* Of finite positive numbers that are not subnormal. */
+OM_DEVICE float own_log(float x) {
+    const u32 bits = __float_as_uint(x);
+    const float m = __uint_as_float((bits & 0x007fffffu) | 0x3f000000u); /* in [0.5, 1) */
+    const bool is_small = m < 0.70710678118654752f;
+    const float exponent = (float)((int)(bits >> 23) - 126 - (is_small ? 1 : 0));
+    const float t = __fadd_rn(is_small ? __fadd_rn(m, m) : m, -1.0f), z = __fmul_rn(t, t);
+    float p = __fmaf_rn(7.0376836292e-2f, t, -1.1514610310e-1f);
+    p = __fmaf_rn(p, t, 1.1676998740e-1f);
+    p = __fmaf_rn(p, t, -1.2420140846e-1f);
+    p = __fmaf_rn(p, t, 1.4249322787e-1f);
+    p = __fmaf_rn(p, t, -1.6668057665e-1f);
+    p = __fmaf_rn(p, t, 2.0000714765e-1f);
+    p = __fmaf_rn(p, t, -2.4999993993e-1f);
+    p = __fmaf_rn(p, t, 3.3333331174e-1f);
+    p = __fmul_rn(__fmul_rn(p, t), z);
+    p = __fmaf_rn(-2.12194440e-4f, exponent, p);
+    p = __fmaf_rn(-0.5f, z, p);
+    return __fmaf_rn(0.693359375f, exponent, __fadd_rn(t, p));
+}
+
 /* a times the sigmoid of z. */
 OM_DEVICE float over(float a, float z) { return __fdiv_rn(a, __fadd_rn(1.0f, own_exp(-z))); }
 

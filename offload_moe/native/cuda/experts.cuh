@@ -145,7 +145,7 @@ template <int CODEC, int NEXT, int COLS, int INTERMEDIATE, int R, int ACTIVATION
             parts[n] = open_part<CODEC, group::BLOCKS>(record, p.matrix, n * INTERMEDIATE, INTERMEDIATE);
         const bias_place place = {{record, record}, {p.matrix, p.matrix}, {0, INTERMEDIATE}};
         const activation_numbers numbers = {p.alpha, p.limit};
-        run(parts, p.input, pairs, p.top_k, place, numbers, p.hidden, m);
+        run(parts, p.input, pairs, p.pairs_of_input, place, numbers, p.hidden, m);
     }
 
     OM_DEVICE void of_mlp(const om_card_mlp_first_params &p, memory &m) {
@@ -204,8 +204,8 @@ template <int CODEC, int COLS, int ROWS, int R> struct second_matrix {
         const int *ranks;
         __device__ __forceinline__ void put(int t, int row, float value) const {
             const int pair = pair_at(pairs, t), of_row = pair / p.top_k;
-            const float weight = __fmul_rn(p.weights[pair], p.weight_scale);
-            p.pairs[((long long)of_row * p.stride + ranks[t]) * ROWS + row] = __fmul_rn(weight, value);
+            if (p.weights) value = __fmul_rn(__fmul_rn(p.weights[pair], p.weight_scale), value);
+            p.pairs[((long long)of_row * p.stride + ranks[t]) * ROWS + row] = value;
         }
     };
 

@@ -36,6 +36,10 @@ template <int N, int D> OM_DEVICE void merge(const om_card_merge_params &p) {
     if (head < N) {
         const int num_sections = sections_of(tokens_seen(p.view, row));
         pair = merge_two(*p.attended, (long long)row * N + head, num_sections, D, feature % D, p.sinks ? p.sinks + head : nullptr);
+        if (p.gates) {
+            const float2 gate = *(const float2 *)(p.gates + ((long long)row * N + head) * 2 * D + D + feature % D);
+            pair.x = __fmul_rn(pair.x, over(1.0f, gate.x)), pair.y = __fmul_rn(pair.y, over(1.0f, gate.y));
+        }
         if (p.out) *(float2 *)(p.out + (long long)row * N * D + feature) = pair;
     }
     quantize_for<OM_CARD_UP(N * D, 64)>(p.inputs, row, blockIdx.x, pair.x, pair.y);

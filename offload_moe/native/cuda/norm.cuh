@@ -1,8 +1,9 @@
-/* The sum of the residual and what a block adds, its RMS norm, and the norm in int8: one thread block for a row. */
+/* The sum of the residual and what a block adds, its norm, and the norm in int8: one thread block for a row. */
 #ifndef OM_NORM_CUH
 #define OM_NORM_CUH
 
 #include "quantize.cuh"
+#include "softmax.cuh"
 
 template <int HIDDEN> struct norm_memory {
     float values[HIDDEN], factor;
@@ -26,6 +27,17 @@ template <int HIDDEN> OM_DEVICE void sum_row(const om_card_norm_params &p, int r
     }
 }
 
+/* The distances of values from their mean, by all threads. */
+template <int HIDDEN> OM_DEVICE void center(norm_memory<HIDDEN> &m) {
+    if (threadIdx.x < 32) {
+        const float mean = __fdiv_rn(sum_of_warp(m.values, HIDDEN), (float)HIDDEN);
+        if (threadIdx.x == 0) m.factor = mean;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < HIDDEN; i += OM_NORM_THREADS) m.values[i] = __fadd_rn(m.values[i], -m.factor);
+    __syncthreads();
+}
+
 template <int HIDDEN> OM_DEVICE void norm(const om_card_norm_params &p, norm_memory<HIDDEN> &m) {
     if (*p.pass.stop) return;
     const int row = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -34,6 +46,7 @@ template <int HIDDEN> OM_DEVICE void norm(const om_card_norm_params &p, norm_mem
     sum_row<HIDDEN>(p, row, m.values);
     if (!p.weight) return;
     __syncthreads();
+    if (p.bias) center<HIDDEN>(m);
     if (warp == 0) {
         const float mean = __fdiv_rn(dot_of_lanes(m.values, m.values, HIDDEN), (float)HIDDEN);
         const float factor = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, p.epsilon)));
@@ -41,7 +54,8 @@ template <int HIDDEN> OM_DEVICE void norm(const om_card_norm_params &p, norm_mem
     }
     __syncthreads();
     for (int i = threadIdx.x; i < HIDDEN; i += OM_NORM_THREADS) {
-        const float value = __fmul_rn(__fmul_rn(m.values[i], m.factor), p.weight[i]);
+        float value = __fmul_rn(__fmul_rn(m.values[i], m.factor), p.weight[i]);
+        if (p.bias) value = __fadd_rn(value, p.bias[i]);
         if (p.normed) p.normed[(long long)row * HIDDEN + i] = value;
         m.values[i] = value;
     }

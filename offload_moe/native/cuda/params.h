@@ -31,12 +31,13 @@ typedef struct {
     float *scales;
 } om_card_input;
 
-/* sum = x + scale * added; normed = its RMS norm; the norm quantized; the share of a shared expert. Grid: R. */
+/* sum = x + scale * added; normed = its RMS norm, or its layer norm; the norm quantized; the share of a shared expert. Grid: R. */
 typedef struct {
     om_card_pass pass;
     const float *x;           /* [T, H] */
     const float *added;       /* [T, num_added, H], added up in this order; NULL: sum is x */
     const float *weight;      /* [H]; NULL: only the sum is made */
+    const float *bias;        /* [H] of a layer norm; NULL: an RMS norm */
     const float *gate;        /* [H] of a shared expert, or NULL */
     float *sum, *normed;      /* [T, H], or NULL; `sum` may be `x` */
     float *shares;            /* [T]: the sigmoid of gate times normed */
@@ -66,6 +67,17 @@ typedef struct {
     int num_matrices;
 } om_card_linear_params;
 
+/* inputs = the rows of all pairs in int8, each its row of x times its weight: of experts whose inputs are scaled. Grid:
+ * OM_QUANTIZE_BLOCKS, R * top_k. */
+typedef struct {
+    om_card_pass pass;
+    const float *x;          /* [T, columns] */
+    const float *weights;    /* [T, K] */
+    om_card_input inputs[3]; /* [T * K rows] */
+    float weight_scale;
+    int top_k;
+} om_card_scale_params;
+
 /* The first matrix of the experts of all rows, and their activation. addresses [T, K] of the records; 0: the pair is computed
  * elsewhere, or later. Pairs of equal addresses read the record once. Grid: OM_FIRST_BLOCKS, R * top_k. */
 typedef struct {
@@ -76,6 +88,7 @@ typedef struct {
     om_card_input hidden; /* [T * K rows], for the second matrix */
     float alpha, limit;   /* of gpt-oss */
     int top_k;
+    int pairs_of_input;   /* pairs that share a row of the input: K, or 1 where each pair has its own */
 } om_card_first_params;
 
 /* The second matrix of the same experts. pairs [T, stride, H]: weight * y of a row's experts, by ascending id. Grid:
@@ -86,7 +99,7 @@ typedef struct {
     om_card_matrix matrix;
     const om_card_address *addresses;
     const int *ids;       /* [T, K] */
-    const float *weights; /* [T, K] */
+    const float *weights; /* [T, K]; NULL: all are 1 */
     float *pairs;
     float weight_scale;
     int top_k, stride;

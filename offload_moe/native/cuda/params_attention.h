@@ -19,11 +19,12 @@ typedef struct {
     int base, reserved;
 } om_card_room;
 
-/* Where a row is, and what it sees: tokens of its room up to its own, the last `window` of them where that is not 0. */
+/* Where a row is, and what it sees: tokens of its room up to its own, the last `window` of them where that is not 0; where `chunk`
+ * is not 0, those of its own chunk of so many positions. */
 typedef struct {
     const om_card_room *rooms; /* [T] */
     const int *positions;      /* [T]; rows of one sequence have positions that ascend by one, and the same pages */
-    int window, reserved;
+    int window, chunk;
 } om_card_view;
 
 /* Tables of rotary angles by position, [positions, rotated dims], in the order of halves, as `om_rotate` takes them. */
@@ -42,16 +43,19 @@ typedef struct {
     int capacity, reserved;    /* sections that a row can have: as many as 512 times that are seen at most */
 } om_card_attended;
 
-/* query = the queries, and the caches get the keys and values of all rows: bias, norms, rotation. Grid: N + 2 M, R. */
+/* query = the queries, and the caches get the keys and values of all rows: bias, norms, rotation, and the scale of queries. Grid:
+ * N + 2 M, R. */
 typedef struct {
     om_card_pass pass;
     om_card_view view;
     om_card_angles angles;  /* not read where nothing rotates */
-    const float *heads[3];  /* query [T, N, D], key and value [T, M, D] */
+    const float *heads[3];  /* query [T, N, D], or [T, N, 2, D] with a gate behind each head; key and value [T, M, D] */
     const float *biases[3]; /* [N, D], [M, D], [M, D], or NULL */
     const float *norms[2];  /* weights of the query's and the key's norm: [D], or of all heads [N, D] and [M, D] */
     float epsilons[2];
     float *query; /* [T, N, D]; not `heads[0]` */
+    float scale_step, scale_strength; /* of queries: 1 + strength * log(1 + floor((position + 1) / step)); step 0: none */
+    int is_gated, reserved;
 } om_card_heads_params;
 
 /* query = the queries in the space of latents, and the cache gets the latents and rotated keys of all rows. Grid:
@@ -84,6 +88,7 @@ typedef struct {
     om_card_view view;
     const om_card_attended *attended;
     const float *sinks;      /* [N] or NULL */
+    const float *gates;      /* [T, N, 2, D], whose second halves' sigmoids multiply the means; NULL: there are none */
     float *out;              /* [T, N, D], or NULL */
     om_card_input inputs[3]; /* by codec; NULL where it is not needed */
 } om_card_merge_params;
@@ -106,6 +111,7 @@ typedef struct {
     int *ids;
     float *weights;
     float scale; /* of the weights, applied last */
+    float jitter; /* of a sparse mixer */
 } om_card_route_params;
 
 #define OM_HEADS_THREADS 128

@@ -47,7 +47,22 @@ template <int COLS> OM_DEVICE void quantize(const om_card_quantize_params &p) {
     quantize_for<BLOCKS>(p.inputs, row, block, at < COLS ? x[at] : 0.0f, at + 1 < COLS ? x[at + 1] : 0.0f);
 }
 
+/* A pair has a row of its own: its row of x times its weight. */
+template <int COLS> OM_DEVICE void scale(const om_card_scale_params &p) {
+    if (*p.pass.stop) return;
+    const int pair = blockIdx.y, block = (blockIdx.x * OM_QUANTIZE_THREADS + threadIdx.x) / 32;
+    constexpr int BLOCKS = OM_CARD_UP(COLS, 64);
+    if (pair >= *p.pass.num_rows * p.top_k || block >= BLOCKS) return; /* the same for a warp */
+    const int at = 64 * block + 2 * (threadIdx.x % 32);
+    const float *x = p.x + (long long)(pair / p.top_k) * COLS, weight = __fmul_rn(p.weights[pair], p.weight_scale);
+    quantize_for<BLOCKS>(p.inputs, pair, block, at < COLS ? __fmul_rn(weight, x[at]) : 0.0f,
+                         at + 1 < COLS ? __fmul_rn(weight, x[at + 1]) : 0.0f);
+}
+
 #define OM_DEFINE_QUANTIZE(name, cols) \
     OM_KERNEL __launch_bounds__(OM_QUANTIZE_THREADS) name(const om_card_quantize_params p) { quantize<cols>(p); }
+
+#define OM_DEFINE_SCALE(name, cols) \
+    OM_KERNEL __launch_bounds__(OM_QUANTIZE_THREADS) name(const om_card_scale_params p) { scale<cols>(p); }
 
 #endif

@@ -7,10 +7,12 @@
 #include "softmax.cuh"
 
 /* A router's settings, as in csrc/api.h. */
-template <int EXPERTS, int TOP_K, int GROUPS, int CHOSEN_GROUPS, int BEST, bool SIGMOID, bool OF_CHOSEN> struct router_of {
+enum { OM_SOFTMAX = 0, OM_SIGMOID = 1, OM_MIXER = 2 };
+template <int EXPERTS, int TOP_K, int GROUPS, int CHOSEN_GROUPS, int BEST, int SCORING, bool OF_CHOSEN> struct router_of {
     static constexpr int E = EXPERTS, K = TOP_K, NUM_GROUPS = GROUPS, NUM_CHOSEN_GROUPS = CHOSEN_GROUPS, SIZE = EXPERTS / GROUPS;
     static constexpr int NUM_BEST = BEST;
-    static constexpr bool HAS_GROUPS = CHOSEN_GROUPS < GROUPS, IS_SIGMOID = SIGMOID, IS_OF_CHOSEN = OF_CHOSEN;
+    static constexpr bool HAS_GROUPS = CHOSEN_GROUPS < GROUPS, IS_SIGMOID = SCORING == OM_SIGMOID, IS_MIXER = SCORING == OM_MIXER;
+    static constexpr bool IS_OF_CHOSEN = OF_CHOSEN;
     struct memory {
         float logits[EXPERTS], scores[EXPERTS], wanted[EXPERTS], ranked[EXPERTS], groups[GROUPS], chosen[TOP_K], weights[TOP_K];
         int ids[TOP_K], chosen_groups[CHOSEN_GROUPS];
@@ -102,9 +104,32 @@ template <class S> OM_DEVICE void weigh(float *chosen, float scale, float *weigh
     }
 }
 
+/* A sparse mixer's weights, by the first warp: each expert's share among those left whose logits are near its own. `logits` and
+ * `near` are overwritten. */
+template <class S> OM_DEVICE void mix(const int *ids, float jitter, float scale, float *logits, float *near, float *weights) {
+    const int lane = threadIdx.x % 32;
+    for (int k = 0; k < S::K; k++) {
+        const float own = logits[ids[k]];
+        for (int e = lane; e < S::E; e += 32) {
+            const float left = logits[e], size = __uint_as_float(__float_as_uint(left) & 0x7fffffffu);
+            const float divisor = size > own ? size : own;
+            near[e] = __fdiv_rn(__fadd_rn(own, -left), divisor) > __fmul_rn(2.0f, jitter) ? OM_LEAST : left;
+        }
+        __syncwarp();
+        const float greatest = greatest_of_warp(near, S::E);
+        __syncwarp();
+        for (int e = lane; e < S::E; e += 32) near[e] = own_exp(__fadd_rn(near[e], -greatest));
+        __syncwarp();
+        const float share = __fdiv_rn(1.0f, sum_of_warp(near, S::E));
+        if (lane == 0) weights[k] = __fmul_rn(__fmul_rn(near[ids[k]], share), scale), logits[ids[k]] = OM_LEAST;
+        __syncwarp();
+    }
+}
+
 /* m.ids and m.weights of one row, for all threads. */
-template <class S> OM_DEVICE void route_row(const float *logits, const float *correction, float scale, typename S::memory &m) {
-    const bool has_scores = S::HAS_GROUPS || correction || !(S::IS_SIGMOID || S::IS_OF_CHOSEN);
+template <class S>
+OM_DEVICE void route_row(const float *logits, const float *correction, float scale, float jitter, typename S::memory &m) {
+    const bool has_scores = S::HAS_GROUPS || correction || !(S::IS_SIGMOID || S::IS_MIXER || S::IS_OF_CHOSEN);
     for (int e = threadIdx.x; e < S::E; e += OM_ROUTE_THREADS) m.logits[e] = m.wanted[e] = logits[e];
     if (has_scores) score_experts<S>(m.logits, m.scores);
     if (S::HAS_GROUPS || correction) /* without them scores are in the order of logits */
@@ -112,7 +137,9 @@ template <class S> OM_DEVICE void route_row(const float *logits, const float *co
             m.wanted[e] = correction ? __fadd_rn(m.scores[e], correction[e]) : m.scores[e];
     if constexpr (S::HAS_GROUPS) exclude_groups<S>(m);
     choose_greatest(m.wanted, S::E, S::K, m.ranked, m.ids);
-    if (threadIdx.x < 32) {
+    if (S::IS_MIXER && threadIdx.x < 32) {
+        mix<S>(m.ids, jitter, scale, m.logits, m.scores, m.weights);
+    } else if (threadIdx.x < 32) {
         for (int k = threadIdx.x; k < S::K; k += 32) m.chosen[k] = (S::IS_SIGMOID || S::IS_OF_CHOSEN ? m.logits : m.scores)[m.ids[k]];
         weigh<S>(m.chosen, scale, m.weights);
     }
@@ -123,16 +150,16 @@ template <class S> OM_DEVICE void route(const om_card_route_params &p, typename 
     if (*p.pass.stop) return;
     const int row = blockIdx.x;
     if (row >= *p.pass.num_rows) return;
-    route_row<S>(p.logits + (long long)row * S::E, p.correction, p.scale, m);
+    route_row<S>(p.logits + (long long)row * S::E, p.correction, p.scale, p.jitter, m);
     for (int k = threadIdx.x; k < S::K; k += OM_ROUTE_THREADS) {
         p.ids[row * S::K + k] = m.ids[k];
         p.weights[row * S::K + k] = m.weights[k];
     }
 }
 
-#define OM_DEFINE_ROUTE(name, num_experts, top_k, num_groups, num_chosen_groups, num_best, is_sigmoid, is_of_chosen) \
+#define OM_DEFINE_ROUTE(name, num_experts, top_k, num_groups, num_chosen_groups, num_best, scoring, is_of_chosen) \
     OM_KERNEL __launch_bounds__(OM_ROUTE_THREADS) name(const om_card_route_params p) { \
-        typedef router_of<num_experts, top_k, num_groups, num_chosen_groups, num_best, is_sigmoid, is_of_chosen> settings; \
+        typedef router_of<num_experts, top_k, num_groups, num_chosen_groups, num_best, scoring, is_of_chosen> settings; \
         __shared__ settings::memory memory; \
         route<settings>(p, memory); \
     }

@@ -15,7 +15,8 @@ struct seen_tokens {
 
 OM_DEVICE seen_tokens tokens_seen(const om_card_view &view, int row) {
     const int end = own_token(view, row) + 1;
-    const int first = view.window > 0 && end > view.window ? end - view.window : 0;
+    const int in_window = view.window > 0 && end > view.window ? end - view.window : 0;
+    const int first = view.chunk > 0 ? end - 1 - view.positions[row] % view.chunk : in_window;
     return {first, end - first};
 }
 

@@ -18,14 +18,19 @@ from tests.support.cuda.bits import Floats, address, are_same, from_bf16, random
 from tests.support.cuda.card import load_program
 from tests.support.cuda.pages import STRUCTS, Cache, Sequence
 
-NORMS = {"none": "OM_NO_NORM", "head": "OM_NORM_OF_HEAD", "all heads": "OM_NORM_OF_ALL"}
+NORMS = {
+    "none": "OM_NO_NORM",
+    "head": "OM_NORM_OF_HEAD",
+    "all heads": "OM_NORM_OF_ALL",
+    "rotated": "OM_NORM_OF_ROTATED",
+}
 NUM_POSITIONS = 1 << 13
 EPSILON = 1e-5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grouped:
-    """Sizes of grouped-query attention."""
+    """Sizes of grouped-query attention. is_gated: a gate lies behind each query head."""
 
     num_heads: int
     num_kv_heads: int
@@ -33,6 +38,7 @@ class Grouped:
     rotated_dims: int
     rotation: str = "halves"
     norm_span: str = "none"
+    is_gated: bool = False
 
     def lines(self, name: str) -> list[str]:
         """The kernels' definitions in a program."""
@@ -70,10 +76,15 @@ class Latent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What is attended to. num_special: NaN, infinite, zero, tiny or huge numbers, in a fourth of all arrays."""
+    """What is attended to. num_special: NaN, infinite, zero, tiny or huge numbers, in a fourth of all arrays.
+
+    query_scale: step and strength.
+    """
 
     sequences: tuple[Sequence, ...]
     window: int = 0
+    chunk: int = 0
+    query_scale: tuple[float, float] = (0.0, 0.0)
     has_sinks: bool = False
     has_biases: bool = False
     is_one_room: bool = False
@@ -181,6 +192,7 @@ class Case:
             num_heads,
             dims,
             window=options.window,
+            chunk=options.chunk,
             is_one_room=options.is_one_room,
             num_special=options.num_special,
         )
@@ -225,8 +237,8 @@ class Case:
 
     def seen(self, row: int) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
         """Keys and values that a row sees, by the cache as it is now: ``[M, S, D]``."""
-        planes, _, token = self.cache.rows[row]
-        first = self.cache.first_seen(token)
+        planes, base, token = self.cache.rows[row]
+        first = self.cache.first_seen(token, base)
         keys, values = (plane.in_order[:, first : token + 1] for plane in planes)
         return keys, values
 
@@ -243,9 +255,10 @@ class GroupedCase(Case):
         n, m, d = shape.num_heads, shape.num_kv_heads, shape.head_dim
         self.columns, self.query_shape, self.scratch = n * d, (n, d), (n, d)
         self.cache = self._cache(m, (d, d))
-        self.heads = [self._floats(self.num_rows, count, d) for count in (n, m, m)]
-        self.biases = [self._floats(count * d) if setting.has_biases else None for count in (n, m, m)]
-        lengths = {"none": None, "head": (d, d), "all heads": (n * d, m * d)}[shape.norm_span]
+        gated, has_biases = 2 * n if shape.is_gated else n, setting.has_biases and not shape.is_gated
+        self.heads = [self._floats(self.num_rows, count, d) for count in (gated, m, m)]
+        self.biases = [self._floats(count * d) if has_biases else None for count in (n, m, m)]
+        lengths = {"none": None, "head": (d, d), "rotated": (d, d), "all heads": (n * d, m * d)}[shape.norm_span]
         self.norms = [None, None] if lengths is None else [self._floats(length) + 1 for length in lengths]
         self.sinks = self._floats(n) if setting.has_sinks else None
 
@@ -257,6 +270,9 @@ class GroupedCase(Case):
             biases=(ctypes.c_void_p * 3)(*map(address, self.biases)),
             norms=(ctypes.c_void_p * 2)(*map(address, self.norms)),
             epsilons=(ctypes.c_float * 2)(EPSILON, 2 * EPSILON),
+            scale_step=self.setting.query_scale[0],
+            scale_strength=self.setting.query_scale[1],
+            is_gated=int(self.sizes.is_gated),
         )
         num_heads = self.sizes.num_heads + 2 * self.sizes.num_kv_heads
         self._launch(library, "heads", (num_heads, self.num_rows), 128, params, seed)
@@ -267,6 +283,7 @@ class GroupedCase(Case):
         params = STRUCTS["om_card_merge_params"](
             **{"pass": given.struct, "view": self.cache.view, "sinks": address(self.sinks), "out": address(out)},
             attended=ctypes.addressof(attended.struct),
+            gates=address(self.heads[0]) if self.sizes.is_gated else None,
             inputs=array("om_card_input", inputs.structs),
         )
         self._launch(library, "merge", (-(-self.columns // 64), self.num_rows), 32, params, seed)
@@ -280,24 +297,33 @@ class GroupedCase(Case):
             )
             finished = [
                 reference.finish_heads(
-                    self.heads[which][row],
+                    self._heads(which, row),
                     self.biases[which],
                     self.norms[which] if which < 2 else None,
                     (EPSILON, 2 * EPSILON, 0.0)[which],
                     angles if which < 2 else None,
                     self.sizes.rotation,
+                    is_normed_rotated=self.sizes.norm_span == "rotated",
                 )
                 for which in range(3)
             ]
-            queries.append(finished[0])
+            position = int(self.cache.positions[row])
+            queries.append(reference.scale_queries(finished[0], position, *self.setting.query_scale))
             for plane, rows in zip(planes, finished[1:], strict=True):
                 plane.in_order[:, token] = reference.round_to_bf16(rows)
         keys, values = ([pair[n].in_order for pair in self.cache.planes] for n in range(2))
         return np.stack(queries), keys, values
 
+    def _heads(self, which: int, row: int) -> Floats:
+        heads = self.heads[which][row]
+        return np.ascontiguousarray(heads[::2]) if self.sizes.is_gated and which == 0 else heads
+
     def expected_row(self, row: int, query: Floats) -> Floats:
         keys, values = self.seen(row)
-        return reference.attend(query, keys, None, values, self.setting.scaling, self.sinks).reshape(-1)
+        out = reference.attend(query, keys, None, values, self.setting.scaling, self.sinks)
+        if self.sizes.is_gated:
+            out = reference.multiply_by_gates(out, self.heads[0][row, 1::2])
+        return out.reshape(-1)
 
 
 class LatentCase(Case):

@@ -21,6 +21,13 @@ SETTINGS: Mapping[str, Setting] = {
     "a window": Setting(sequences=(Sequence(length=300, num_rows=3), Sequence(length=60)), window=128, has_sinks=True),
     "a window up to the end of a page": Setting(sequences=(Sequence(length=383),), window=100),
     "a window of sections": Setting(sequences=(Sequence(length=777, base=5),), window=600),
+    "chunks": Setting(
+        sequences=(Sequence(length=254, num_rows=4, base=700), Sequence(length=90), Sequence(length=383)), chunk=192
+    ),
+    "chunks of sections": Setting(sequences=(Sequence(length=1790, num_rows=3),), chunk=896, query_scale=(8.0, 0.1)),
+    "scaled queries": Setting(
+        sequences=(Sequence(length=2, num_rows=5), Sequence(length=40, base=8150)), query_scale=(3.0, 0.7)
+    ),
     "a window of one": Setting(sequences=(Sequence(length=128, num_rows=2),), window=1),
 }
 

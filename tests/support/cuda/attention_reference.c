@@ -2,13 +2,30 @@
 #include "vector_portable.c"
 #include "rotary.c"
 
+static void norm_heads(float *heads, const float *norm, int64_t norm_length, float epsilon, int64_t count) {
+    for (int64_t at = 0; norm != NULL && at < count; at += norm_length)
+        rms_norm(heads + at, norm, norm_length, epsilon, heads + at);
+}
+
 /* heads[num_heads, dim]: bias, norm over norm_length at a time, rotation of the first dims, as `finish_heads` in attention.c. */
 OM_EXPORT void finish_heads(float *heads, const float *bias, const float *norm, int64_t norm_length, float epsilon, const float *cos,
-                            const float *signed_sin, int64_t num_heads, int64_t dim, int64_t rotated_dims, int rotation) {
+                            const float *signed_sin, int64_t num_heads, int64_t dim, int64_t rotated_dims, int64_t rotation,
+                            int64_t is_normed_rotated) {
     om_add_bias(heads, bias, num_heads * dim);
-    for (int64_t at = 0; norm != NULL && at < num_heads * dim; at += norm_length)
-        rms_norm(heads + at, norm, norm_length, epsilon, heads + at);
-    for (int64_t at = 0; at < num_heads * dim; at += dim) om_rotate(heads + at, cos, signed_sin, rotated_dims, rotation);
+    if (!is_normed_rotated) norm_heads(heads, norm, norm_length, epsilon, num_heads * dim);
+    for (int64_t at = 0; at < num_heads * dim; at += dim) om_rotate(heads + at, cos, signed_sin, rotated_dims, (int)rotation);
+    if (is_normed_rotated) norm_heads(heads, norm, norm_length, epsilon, num_heads * dim);
+}
+
+/* As `query_scale` in attention.c. */
+OM_EXPORT void scale_queries(float *values, int64_t count, int64_t position, float step, float strength) {
+    const float steps = floorf((float)(position + 1) / step), scale = strength * om_log(steps + 1.0f) + 1.0f;
+    for (int64_t i = 0; i < count; i++) values[i] *= scale;
+}
+
+OM_EXPORT void multiply_by_gates(float *values, float *gates, int64_t count) {
+    sigmoids(gates, count);
+    for (int64_t i = 0; i < count; i++) values[i] *= gates[i];
 }
 
 OM_EXPORT void round_to_bf16(const float *values, int64_t count, uint16_t *rounded) {

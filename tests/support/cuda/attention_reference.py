@@ -50,14 +50,34 @@ def finish_heads(
     epsilon: float,
     angles: tuple[Floats, Floats] | None,
     rotation: str,
+    *,
+    is_normed_rotated: bool = False,
 ) -> Floats:
-    """``[heads, D]`` with its bias, norm (of the weight's length) and rotation (cos and signed sin ``[R]``)."""
+    """``[heads, D]`` with its bias, norm (of the weight's length) and rotation (cos and signed sin ``[R]``).
+
+    is_normed_rotated: the norm comes last.
+    """
     done = heads.copy()
     cos, sin = angles or (None, None)
     rotated = 0 if cos is None else len(cos)
     lengths = (0 if norm is None else norm.size, epsilon, cos, sin, *heads.shape, rotated, ROTATIONS[rotation])
-    _call("finish_heads", done, bias, norm, *lengths)
+    _call("finish_heads", done, bias, norm, *lengths, int(is_normed_rotated))
     return done
+
+
+def scale_queries(queries: Floats, position: int, step: float, strength: float) -> Floats:
+    """As of `QueryScale`; step 0 leaves them as they are."""
+    scaled = np.ascontiguousarray(queries).copy()
+    if step:
+        _call("scale_queries", scaled, scaled.size, position, float(step), float(strength))
+    return scaled
+
+
+def multiply_by_gates(values: Floats, gates: Floats) -> Floats:
+    """By the gates' sigmoids."""
+    product = np.ascontiguousarray(values).copy()
+    _call("multiply_by_gates", product, np.ascontiguousarray(gates), product.size)
+    return product
 
 
 def round_to_bf16(values: Floats) -> NDArray[np.uint16]:

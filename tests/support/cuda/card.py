@@ -25,6 +25,7 @@ MODE = os.environ.get("OM_SHIM_MODE", "plain")
 KINDS = {
     "NORM": ("om_card_norm_params", "OM_NORM_THREADS", "1"),
     "QUANTIZE": ("om_card_quantize_params", "OM_QUANTIZE_THREADS", "OM_QUANTIZE_BLOCKS({0})"),
+    "SCALE": ("om_card_scale_params", "OM_QUANTIZE_THREADS", "OM_QUANTIZE_BLOCKS({0})"),
     "LINEAR": ("om_card_linear_params", "OM_LINEAR_THREADS({1}, {2})", "OM_CARD_GROUP({1}) * 16"),
     "VALUES": ("om_card_linear_params", "OM_VALUES_THREADS", "16"),
     "FIRST": ("om_card_first_params", "OM_FIRST_THREADS({1}, {3}, {5})", "OM_FIRST_BLOCKS({2})"),

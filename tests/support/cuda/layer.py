@@ -18,7 +18,7 @@ WEIGHT_SCALE = 1.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """A layer's experts in small."""
+    """A layer's experts in small. are_scaled: weights multiply what they are given."""
 
     codec: str
     hidden: int
@@ -29,9 +29,11 @@ class Family:
     has_gate: bool = True
     has_bias: bool = False
     compiled: int = 1
+    are_scaled: bool = False
 
     def kernels(self) -> list[tuple[Any, ...]]:
-        return [("QUANTIZE", self.hidden), ("FIRST", *self.first_sizes), ("SECOND", *self.second_sizes)]
+        inputs = "SCALE" if self.are_scaled else "QUANTIZE"
+        return [(inputs, self.hidden), ("FIRST", *self.first_sizes), ("SECOND", *self.second_sizes)]
 
     @property
     def first_sizes(self) -> tuple[Any, ...]:
@@ -75,6 +77,8 @@ def library_rows(family: Family, records: Records, x: np.ndarray, choice: Choice
         has_gate=family.has_gate,
         in_panels=True,
     )
+    if family.are_scaled:
+        return _scaled_rows(kernel, records, x, choice)
     chosen, offsets, tokens, weights = sorted(set(choice.ids.flat)), [0], [], []
     for expert in chosen:
         for row, place in np.argwhere(choice.ids == expert):
@@ -86,6 +90,18 @@ def library_rows(family: Family, records: Records, x: np.ndarray, choice: Choice
     return out.numpy()
 
 
+def _scaled_rows(kernel: kernels.ExpertKernel, records: Records, x: np.ndarray, choice: Choice) -> np.ndarray:
+    """A row for each pair, and each token's results from +0 by ascending id."""
+    total = torch.zeros(x.shape)
+    for row, (ids, weights) in enumerate(zip(choice.ids, choice.weights, strict=True)):
+        for place in np.argsort(ids):
+            scaled = torch.from_numpy(x[row] * (weights[place] * np.float32(WEIGHT_SCALE)))[None]
+            out = torch.empty(1, x.shape[1])
+            kernel.forward(scaled, [records.tensors[ids[place]]], [0, 1], [0], [1.0], out)
+            total[row] += out[0]
+    return total.numpy()
+
+
 class CardExperts:
     """The kernels of a layer's experts, launched one after another."""
 
@@ -95,7 +111,7 @@ class CardExperts:
         self.family, self.records = family, records
         self.card = Card(wanted, num_rows, seed=seed)
         compiled, pairs = family.compiled, family.compiled * family.top_k
-        self.input = self.card.input(family.codec, family.hidden, compiled)
+        self.input = self.card.input(family.codec, family.hidden, pairs if family.are_scaled else compiled)
         self.hidden = self.card.input(family.codec, family.intermediate, pairs)
         self.pairs = np.full((compiled, family.top_k, family.hidden), 5.0, np.float32)
 
@@ -108,6 +124,14 @@ class CardExperts:
         inputs = [self.input if name == self.family.codec else {} for name in ("nf4", "int8", "mxfp4")]
         self.card.run("QUANTIZE", (self.family.hidden,), {"x": copied(x), "inputs": inputs}, y=self.family.compiled)
 
+    def scale(self, x: np.ndarray, choice: Choice) -> None:
+        """In place of `quantize` where inputs are scaled."""
+        family = self.family
+        inputs = [self.input if name == family.codec else {} for name in ("nf4", "int8", "mxfp4")]
+        weights = _padded(choice.weights, family.compiled)
+        params = {"x": copied(x), "weights": weights, "weight_scale": WEIGHT_SCALE, "top_k": family.top_k}
+        self.card.run("SCALE", (family.hidden,), {**params, "inputs": inputs}, y=family.compiled * family.top_k)
+
     def compute(self, choice: Choice, addresses: np.ndarray, *, stride: int | None = None) -> None:
         """The pairs whose address is not 0, into `pairs`, of which a row has `stride` parts."""
         family, table = (
@@ -117,11 +141,12 @@ class CardExperts:
         table[: len(addresses)] = addresses  # behind them lie experts of no row
         shared = {"addresses": table, "hidden": self.hidden, "top_k": family.top_k}
         first = {"input": self.input, "matrix": self.records.matrix(0), "alpha": 1.702, "limit": 7.0}
+        first["pairs_of_input"] = 1 if family.are_scaled else family.top_k
         self.card.run("FIRST", family.first_sizes, {**shared, **first}, y=family.compiled * family.top_k)
         second = {
             "matrix": self.records.matrix(1),
             "ids": _padded(choice.ids, family.compiled),
-            "weights": _padded(choice.weights, family.compiled),
+            **({} if family.are_scaled else {"weights": _padded(choice.weights, family.compiled)}),
             "pairs": self.pairs,
             "weight_scale": WEIGHT_SCALE,
             "stride": stride or family.top_k,

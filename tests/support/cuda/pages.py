@@ -85,11 +85,12 @@ class Cache:
         dims: tuple[int, int],
         *,
         window: int = 0,
+        chunk: int = 0,
         is_one_room: bool = False,
         num_special: int = 0,
     ) -> None:
         """dims: of keys and of values."""
-        self.window = window
+        self.window, self.chunk = window, chunk
         self.planes, self.rows = [], []
         for sequence in sequences:
             tokens = sequence.length + sequence.num_rows
@@ -99,7 +100,7 @@ class Cache:
             ]
             for plane in pair:
                 plane.fill(sequence.length)
-                plane.hide_before(self.first_seen(sequence.length))
+                plane.hide_before(self.first_seen(sequence.length, sequence.base))
             self.planes.append(pair)
             self.rows += [(pair, sequence.base, sequence.length + n) for n in range(sequence.num_rows)]
         self.positions = np.array([base + token for _, base, token in self.rows], np.int32)
@@ -108,13 +109,18 @@ class Cache:
             room.key_pages, room.value_pages = address(keys.table), address(values.table)
             room.key_stride, room.value_stride, room.base = keys.stride, values.stride, base
 
-    def first_seen(self, token: int) -> int:
+    def first_seen(self, token: int, base: int) -> int:
+        if self.chunk:
+            return max(0, token - (base + token) % self.chunk)
         return max(0, token + 1 - self.window) if self.window else 0
 
     @property
     def view(self) -> ctypes.Structure:
         return STRUCTS["om_card_view"](
-            rooms=ctypes.addressof(self._rooms), positions=address(self.positions), window=self.window
+            rooms=ctypes.addressof(self._rooms),
+            positions=address(self.positions),
+            window=self.window,
+            chunk=self.chunk,
         )
 
     @property

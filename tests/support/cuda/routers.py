@@ -25,6 +25,7 @@ class Router:
     num_experts: int
     top_k: int
     is_sigmoid: bool = False
+    jitter: float = 0.0  # of a sparse mixer
     is_of_chosen: bool = True
     num_groups: int = 1
     num_chosen_groups: int = 1
@@ -37,7 +38,8 @@ class Router:
     @property
     def _settings(self) -> str:
         groups = f"{self.num_groups}, {self.num_chosen_groups}, {self.num_best}"
-        return f"{groups}, {int(self.is_sigmoid)}, {int(self.is_of_chosen)}"
+        scoring = 2 if self.jitter else int(self.is_sigmoid)
+        return f"{groups}, {scoring}, {int(self.is_of_chosen)}"
 
     @property
     def line(self) -> str:
@@ -67,6 +69,7 @@ def route(
     ids, weights = np.full((8, router.top_k), -1, np.int32), np.full((8, router.top_k), np.nan, np.float32)
     params = STRUCTS["om_card_route_params"](
         **{"pass": given.struct, "logits": address(logits), "correction": address(correction), "scale": scale},
+        jitter=router.jitter,
         ids=address(ids),
         weights=address(weights),
     )
@@ -91,6 +94,7 @@ def _expected_row(router: Router, logits: Floats, correction: Floats | None, sca
         num_groups=router.num_groups,
         num_chosen_groups=router.num_chosen_groups,
         num_best=router.num_best,
+        jitter=router.jitter or None,
         scale=scale,
     )
     ids, weights = torch.empty(router.top_k, dtype=torch.int64), torch.empty(router.top_k)
