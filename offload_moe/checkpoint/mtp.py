@@ -10,7 +10,6 @@ Source: DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", section 2.2; transform
 """
 
 import copy
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from offload_moe.checkpoint.header import TensorEntry
+from offload_moe.checkpoint.mtp_forms import COUNTS, EMBEDDING, HEAD, form_of, why_left_out
 from offload_moe.checkpoint.names import map_names
 from offload_moe.checkpoint.skeleton import build_skeleton
 from offload_moe.checkpoint.tensors import TensorSource
@@ -29,16 +29,7 @@ from offload_moe.families.text_model import TextModel
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-FAMILIES = frozenset({"deepseek_v3", "glm4_moe", "glm4_moe_lite"})  # those that bring it as one more decoder layer
-OWN = ("enorm", "hnorm", "eh_proj")  # beside the decoder layer, as children of the module
-NORM, EMBEDDING, HEAD = "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"
 SHARED = frozenset({EMBEDDING, HEAD})
-# Of the parts that lie within the layer in a checkpoint; others are of the decoder layer.
-NAMES = {f"{name}.weight": f"{name}.weight" for name in OWN} | {
-    "shared_head.norm.weight": NORM,
-    "shared_head.head.weight": HEAD,  # a copy of the model's
-    "embed_tokens.weight": EMBEDDING,  # too
-}
 
 
 def build_mtp(config: "PreTrainedConfig") -> TextModel | None:
@@ -46,11 +37,13 @@ def build_mtp(config: "PreTrainedConfig") -> TextModel | None:
 
     A model of one layer, with the projection in front of it: `enorm`, `hnorm` and `eh_proj`.
     """
-    if config.model_type not in FAMILIES:
+    form = form_of(config)
+    if form is None:
         return None
-    config = copy.deepcopy(config)
-    config.num_hidden_layers, config.tie_word_embeddings = 1, False
-    config.first_k_dense_replace, config.mlp_layer_types = 0, ["sparse"]  # families have the one or the other
+    dtype, config = config.dtype, copy.deepcopy(config.get_text_config(decoder=True))
+    config.num_hidden_layers, config.tie_word_embeddings, config.dtype = 1, False, dtype or config.dtype
+    for name, value in form.settings.items():
+        setattr(config, name, value)
     module = build_skeleton(config)
     norm, size = module.get_decoder().norm, config.hidden_size
     module.enorm, module.hnorm = copy.deepcopy(norm), copy.deepcopy(norm)
@@ -63,9 +56,12 @@ def brings_mtp(config: "PreTrainedConfig", names: Collection[str]) -> bool:
 
     names: of its tensors; empty where they are unknown: then the config alone decides.
     """
-    if config.model_type not in FAMILIES or not getattr(config, "num_nextn_predict_layers", 0):
+    form, text = form_of(config), config.get_text_config(decoder=True)
+    if form is None:
         return False
-    return not names or any(name.endswith(f"layers.{config.num_hidden_layers}.eh_proj.weight") for name in names)
+    counts = [count for name in COUNTS if (count := getattr(text, name, None)) is not None]
+    sign = form.sign.format(first=text.num_hidden_layers)
+    return bool(max(counts, default=form.number)) and (not names or any(name.endswith(sign) for name in names))
 
 
 class MtpWeights(ModelWeights):
@@ -88,7 +84,11 @@ def find_mtp(
     folder: Path, model: TextModel, tensors: TensorSource, left_out: Sequence[str], *, can_read: bool
 ) -> tuple[MtpWeights | None, tuple[str, ...]]:
     """The module's weights, and notices for the user. left_out: the tensors that the model itself does not have."""
-    names = _names(model, left_out)
+    form, text = form_of(model.config), model.config.get_text_config(decoder=True)
+    if form is None:
+        notice = why_left_out(model.config, left_out)
+        return None, (notice,) if notice else ()
+    names = form.parts(getattr(text, "num_hidden_layers", None), left_out)
     own = {name: stored for name, stored in names.items() if name not in SHARED}
     module = build_mtp(model.config) if own else None
     if module is None:
@@ -101,14 +101,6 @@ def find_mtp(
             f"The checkpoint's layer for multi-token prediction is left out, because it is not whole: {reason}. "
             "Answers are the same without it.",
         )
-
-
-def _names(model: TextModel, left_out: Sequence[str]) -> dict[str, str]:
-    """Names in the module -> names in the checkpoint, of the first layer behind the model's own."""
-    first = getattr(model.config, "num_hidden_layers", None)
-    found = ((re.fullmatch(rf"(?:.*\.)?layers\.{first}\.(.+)", name), name) for name in left_out)
-    inside = {match[1]: name for match, name in found if match is not None}
-    return {NAMES.get(part, f"model.layers.0.{part}"): name for part, name in inside.items()}
 
 
 class RenamedTensors:

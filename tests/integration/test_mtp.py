@@ -1,6 +1,7 @@
 """Guesses of a checkpoint's own layer for multi-token prediction: what it computes, its cache, and the same tokens."""
 
 import copy
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import count
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
-from transformers.cache_utils import MtpCache
+from transformers.cache_utils import LinearAttentionLayer, MtpCache
 from transformers.modeling_layers import MtpModel
 
 from offload_moe import load
@@ -35,11 +36,15 @@ from offload_moe.speculate.speculation import Speculation
 from offload_moe.speculate.speculator import Speculator
 from offload_moe.store import Store
 from tests.support.mtp import FAMILIES, FIRST, write_mtp_checkpoint
+from tests.support.passes import contents
+from tests.support.quantized import edit_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # upstream's, of models outside their usual sizes
 PATTERNS = [(number, num_right) for number in range(1, MOST_GUESSES + 1) for num_right in range(number + 1)]
 SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 0}
 PROMPT = torch.tensor([[7, 9, 11, 5, 5, 60, 3, 42, 17, 200, 31, 8, 77, 63, 5, 9, 140, 2, 19, 23, 51]])
+ATTENDING = ("deepseek_v3", "glm4_moe")  # prompts of which have the bits of decode steps
+IN_DEFAULT_RUN = (*ATTENDING, "qwen3_next")
 Contents = list[tuple[Tensor, Tensor]]
 
 
@@ -54,7 +59,7 @@ def stores(checkpoints: dict[str, Path]) -> dict[str, Path]:
     return {name: quantize(folder, folder / "store", codec="nf4") for name, folder in checkpoints.items()}
 
 
-@pytest.fixture(scope="module", params=["deepseek_v3", "glm4_moe"])
+@pytest.fixture(scope="module", params=IN_DEFAULT_RUN)
 def model(request: pytest.FixtureRequest, stores: dict[str, Path]) -> Iterator[Model]:
     with load(stores[request.param], speculate="mtp", context=512) as loaded:
         yield loaded
@@ -69,9 +74,9 @@ def module_of(model: Model) -> MtpModule:
     return MtpModule(model.engine.mtp, model.hf.config.vocab_size)
 
 
-def contents(cache: DynamicCache, number: int | None = None) -> Contents:
-    """Of the first tokens."""
-    return [(layer.keys[:, :, :number].clone(), layer.values[:, :, :number].clone()) for layer in cache.layers]
+def first_entries(cache: DynamicCache, number: int) -> Contents:
+    """So many of them."""
+    return [(keys[:, :, :number], values[:, :, :number]) for keys, values in contents(cache)]
 
 
 def assert_same(left: Contents, right: Contents) -> None:
@@ -119,20 +124,36 @@ class Mixed(MtpSource):
 
 @torch.inference_mode()
 def entries(model: Model, ids: Sequence[int]) -> tuple[Tensor, DynamicCache]:
-    """The layer's last state ``[1, H]`` for a sequence, and its cache, both computed at once."""
+    """The layer's last state ``[1, H]`` for a sequence, and its cache, both computed at once.
+
+    The model's own states, too, unless it has linear attention, whose prompts round otherwise than its decode steps.
+    """
     module = module_of(model)
     cache, inner = module.new_cache(), DynamicCache(config=model.hf.config)
-    states = model.hf.get_decoder()(input_ids=torch.tensor([ids]), past_key_values=inner).last_hidden_state[0]
+    is_linear = any(isinstance(layer, LinearAttentionLayer) for layer in inner.layers)
+    first = PROMPT.shape[1] if is_linear else len(ids)
+    pieces = [torch.tensor([ids[:first]]), *torch.tensor([ids[first:]]).split(1, dim=1)]
+    decoder = model.hf.get_decoder()
+    found = [decoder(input_ids=each, past_key_values=inner).last_hidden_state for each in pieces if each.numel()]
+    states = torch.cat(found, dim=1)[0]
     return module(ids[1:], states[:-1], cache)[-1:], cache
+
+
+def _as_theirs(name: str) -> str:
+    """What `MtpModel` has no mapping for."""
+    return name.replace("final_layernorm", "shared_head.norm")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_it_computes_what_transformers_has_published(family: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """In fp32 and without loss; names, projection, layer, norm, head, and one guess behind the other."""
-    main = AutoModelForCausalLM.from_pretrained(checkpoints[family], dtype=torch.float32)
-    main._keys_to_ignore_on_load_unexpected = [rf"{FIRST}.*"]
+    folder = Path(shutil.copytree(checkpoints[family], tmp_path / "theirs", ignore=shutil.ignore_patterns("store")))
+    edit_tensors(folder, lambda tensors: {_as_theirs(name): tensor for name, tensor in tensors.items()})
+    main = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    main._keys_to_ignore_on_load_unexpected = [rf"{FIRST}.*", r"^mtp\..*"]
     main.config.num_mtp_layers, main.config.mtp_mlp_layer_types = 1, ["sparse"]
+    main.config.mtp_layer_types = ["full_attention"]
     theirs = MtpModel.from_pretrained(main).eval()
     cache = MtpCache(config=main.config.get_mtp_config())
     states = main.model(PROMPT).last_hidden_state
@@ -170,6 +191,11 @@ def test_it_computes_what_transformers_has_published(family: str, checkpoints: d
     engine.hierarchy.close()
 
 
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param(family, marks=[pytest.mark.slow] * (family not in IN_DEFAULT_RUN)) for family in FAMILIES],
+    indirect=True,
+)
 @pytest.mark.parametrize("settings", [{"repetition_penalty": 1.5}, SAMPLED], ids=["greedy", "sampled"])
 def test_every_pattern_of_rejections(
     model: Model, states: FinalStates, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -195,7 +221,7 @@ def test_every_pattern_of_rejections(
     length = source.followed.cache.get_seq_length()
     assert source.lengths == sorted(source.lengths)
     assert length == source.lengths[-1] > 180
-    assert_same(contents(source.followed.cache), contents(expected, length))
+    assert_same(contents(source.followed.cache), first_entries(expected, length))
 
 
 def test_guesses_are_the_layers_own_whatever_came_of_earlier_ones(model: Model, states: FinalStates) -> None:
@@ -219,6 +245,7 @@ def test_guesses_are_the_layers_own_whatever_came_of_earlier_ones(model: Model, 
         assert tuple(alone) == tokens
 
 
+@pytest.mark.parametrize("model", ATTENDING, indirect=True)
 def test_what_it_knows_stays_with_the_models_cache(model: Model, states: FinalStates) -> None:
     """As in a server: each request has a source of its own, and some go on from a copy."""
     module, cache = module_of(model), DynamicCache(config=model.hf.config)
@@ -230,11 +257,12 @@ def test_what_it_knows_stays_with_the_models_cache(model: Model, states: FinalSt
         length = source.followed.cache.get_seq_length()
         assert length > len(prompt)
         _, expected = entries(model, [*prompt, *tokens])
-        assert_same(contents(source.followed.cache), contents(expected, length))
+        assert_same(contents(source.followed.cache), first_entries(expected, length))
         for layer in each.layers:
             layer.crop(len(ids) - 1 - layer.get_seq_length())
 
 
+@pytest.mark.parametrize("model", ATTENDING, indirect=True)
 @pytest.mark.parametrize("run", [[5, 6], [9] * 6, [9] * 9, [9, 30] * 12])
 def test_runs_that_a_grammar_forces(model: Model, states: FinalStates, run: list[int]) -> None:
     def steering() -> Steering:
@@ -248,7 +276,7 @@ def test_runs_that_a_grammar_forces(model: Model, states: FinalStates, run: list
     assert source.followed.cache.get_seq_length() == len(source.followed.entries)
     _, expected = entries(model, [*PROMPT[0].tolist(), *tokens])
     assert source.followed.entries == list(range(len(source.followed.entries)))
-    assert_same(contents(source.followed.cache), contents(expected, len(source.followed.entries)))
+    assert_same(contents(source.followed.cache), first_entries(expected, len(source.followed.entries)))
 
 
 def test_guesses_that_are_made_rarely_leave_gaps(

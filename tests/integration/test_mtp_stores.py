@@ -1,6 +1,7 @@
 """A checkpoint's layer for multi-token prediction in stores: converted, kept apart, loaded where it is asked for."""
 
 import gc
+import json
 import re
 import shutil
 import weakref
@@ -12,9 +13,12 @@ import pytest
 import torch
 from support.models import open_model
 from torch import Tensor
+from transformers import AutoConfig
 
 from offload_moe import load
 from offload_moe.checkpoint.checkpoint import Checkpoint
+from offload_moe.checkpoint.mtp import brings_mtp
+from offload_moe.checkpoint.mtp_forms import why_left_out
 from offload_moe.convert.jobs import plan_conversion
 from offload_moe.convert.quantize import quantize
 from offload_moe.convert.repair import find_damage, repair
@@ -27,7 +31,7 @@ from offload_moe.speculate.governor import Governor
 from offload_moe.store import Store
 from offload_moe.store.installed import describe, remove
 from offload_moe.store.upgrade import upgrade
-from tests.support.checkpoints import spread
+from tests.support.checkpoints import spread, write_checkpoint
 from tests.support.cli import load_cli
 from tests.support.mtp import FIRST, round_as_fp8, settings_of, to_fp8_checkpoint, write_mtp_checkpoint
 from tests.support.quantized import edit_tensors
@@ -199,6 +203,58 @@ def test_half_of_it_is_left_out_with_a_word(name: str, checkpoint: Path, plain: 
     assert any("multi-token prediction is left out" in text and re.search(reason, text) for text in said), said
     assert Store.open(half).mtp is None
     assert_same_stores(half, plain)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "reason"),
+    [
+        ("mellum", "mtp.fc.weight", "layers of this family do not decode natively"),
+        ("exaone_moe", "mtp.layers.0.mlp.gate_proj.weight", "its layer is dense"),
+        ("step3p7", "model.layers.45.eh_proj.weight", "several layers that follow each other"),
+        ("minimax_m3_vl", "mtp.layers.0.norm.weight", "do not decode natively"),
+        ("ernie4_5_moe", "model.mtp_emb_norm.0.weight", "no norm in front of the head"),
+        ("qwen4_exp_text", "mtp.fc.weight", "this version does not load"),
+    ],
+)
+def test_that_of_other_families_is_left_out_by_name(family: str, name: str, reason: str) -> None:
+    config = AutoConfig.for_model(family)
+    tensors = ["model.embed_tokens.weight", "model.layers.0.mlp.gate.weight", "a.position_ids"]
+    assert why_left_out(config, tensors) == ""
+    assert reason in why_left_out(config, [*tensors, name])
+    assert not brings_mtp(config, [name])
+
+
+def test_a_conversion_says_what_it_leaves_out(plain: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """Tensors of a family's class that no module has are ignored, as transformers does."""
+    write_checkpoint(tmp_path / "model", "exaone_moe", shard_size="1GB")
+    edit_tensors(tmp_path / "model", lambda tensors: tensors | {"mtp.fc.weight": torch.ones(3, 3)})
+    with Checkpoint(tmp_path / "model") as opened:
+        assert opened.mtp is None
+        assert any("multi-token prediction are left out" in text and "(exaone_moe)" in text for text in opened.notices)
+
+
+def test_it_stands_beside_a_language_model_with_images(tmp_path: Path) -> None:
+    """As Qwen3.5 has it: the model's names are those of a part, the layer's are not."""
+    folder = write_mtp_checkpoint(tmp_path / "model", "qwen3_5_moe_text")
+    expected = quantize(folder, tmp_path / "expected")
+    edit_tensors(
+        folder,
+        lambda tensors: {re.sub(r"^model\.", "model.language_model.", name): each for name, each in tensors.items()},
+    )
+    text = settings_of(folder, "config.json")
+    config = {"model_type": "qwen3_5_moe", "architectures": ["Qwen3_5MoeForConditionalGeneration"], "text_config": text}
+    (folder / "config.json").write_text(json.dumps(config))
+    machine = Machine(ram_bytes=2 << 30)
+    cost = make_plan(folder, machine, context=512).mtp
+    assert cost is not None
+    got = quantize(folder, tmp_path / "store")
+    assert make_plan(got, machine, context=512).mtp == cost
+    assert make_plan(folder / "config.json", machine, context=512).mtp == cost
+    assert_same_stores(got, expected)
+    with load(got, speculate="mtp", context=512) as model:
+        assert model.engine.mtp is not None
+        answers = [model.generate("Hello", max_new_tokens=20, speculate=choice) for choice in ("mtp", "off")]
+        assert answers[0] == answers[1]
 
 
 def test_a_store_without_it(plain: Path) -> None:
