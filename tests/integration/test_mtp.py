@@ -122,6 +122,10 @@ class Mixed(MtpSource):
         return Guess(tuple(token if at < num_right else (token + 1) % 64 for at, token in enumerate(known)))
 
 
+def is_linear(model: Model) -> bool:
+    return any(isinstance(layer, LinearAttentionLayer) for layer in DynamicCache(config=model.hf.config).layers)
+
+
 @torch.inference_mode()
 def entries(model: Model, ids: Sequence[int]) -> tuple[Tensor, DynamicCache]:
     """The layer's last state ``[1, H]`` for a sequence, and its cache, both computed at once.
@@ -130,8 +134,7 @@ def entries(model: Model, ids: Sequence[int]) -> tuple[Tensor, DynamicCache]:
     """
     module = module_of(model)
     cache, inner = module.new_cache(), DynamicCache(config=model.hf.config)
-    is_linear = any(isinstance(layer, LinearAttentionLayer) for layer in inner.layers)
-    first = PROMPT.shape[1] if is_linear else len(ids)
+    first = PROMPT.shape[1] if is_linear(model) else len(ids)
     pieces = [torch.tensor([ids[:first]]), *torch.tensor([ids[first:]]).split(1, dim=1)]
     decoder = model.hf.get_decoder()
     found = [decoder(input_ids=each, past_key_values=inner).last_hidden_state for each in pieces if each.numel()]
@@ -262,7 +265,6 @@ def test_what_it_knows_stays_with_the_models_cache(model: Model, states: FinalSt
             layer.crop(len(ids) - 1 - layer.get_seq_length())
 
 
-@pytest.mark.parametrize("model", ATTENDING, indirect=True)
 @pytest.mark.parametrize("run", [[5, 6], [9] * 6, [9] * 9, [9, 30] * 12])
 def test_runs_that_a_grammar_forces(model: Model, states: FinalStates, run: list[int]) -> None:
     def steering() -> Steering:
@@ -274,9 +276,10 @@ def test_runs_that_a_grammar_forces(model: Model, states: FinalStates, run: list
     source = MtpSource(module_of(model), states)
     assert list(stream_of(model, source, steering=steering(), max_new_tokens=60)) == tokens
     assert source.followed.cache.get_seq_length() == len(source.followed.entries)
-    _, expected = entries(model, [*PROMPT[0].tolist(), *tokens])
     assert source.followed.entries == list(range(len(source.followed.entries)))
-    assert_same(contents(source.followed.cache), first_entries(expected, len(source.followed.entries)))
+    if not is_linear(model):  # it computes long runs as prompts, which round otherwise
+        _, expected = entries(model, [*PROMPT[0].tolist(), *tokens])
+        assert_same(contents(source.followed.cache), first_entries(expected, len(source.followed.entries)))
 
 
 def test_guesses_that_are_made_rarely_leave_gaps(
