@@ -273,8 +273,7 @@ def test_sizes_that_no_rule_is_computed_in_are_modules_beside_native_attention(t
 def test_the_device_pass_says_why_it_does_not_take_them() -> None:
     assert "a delta rule" in why_not(tiny_model("qwen3_next", **SIZES))
     only = tiny_model("qwen3_next", **SIZES | {"num_hidden_layers": 1, "layer_types": ["full_attention"]})
-    assert "gates beside its queries" in why_not(only)
-    assert "added to one" in why_not(only)
+    assert not why_not(only)  # gates beside queries, and norms whose weights are added to one
 
 
 class Calling(ModelHook):  # type: ignore[misc]
