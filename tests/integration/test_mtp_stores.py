@@ -209,7 +209,7 @@ def test_half_of_it_is_left_out_with_a_word(name: str, checkpoint: Path, plain: 
     ("family", "name", "reason"),
     [
         ("mellum", "mtp.fc.weight", "layers of this family do not decode natively"),
-        ("exaone_moe", "mtp.layers.0.mlp.gate_proj.weight", "its layer is dense"),
+        ("exaone_moe", "mtp.layers.0.mlp.gate_proj.weight", "what its layer computes is not established"),
         ("step3p7", "model.layers.45.eh_proj.weight", "several layers that follow each other"),
         ("minimax_m3_vl", "mtp.layers.0.norm.weight", "do not decode natively"),
         ("ernie4_5_moe", "model.mtp_emb_norm.0.weight", "no norm in front of the head"),
