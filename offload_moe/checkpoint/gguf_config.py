@@ -310,6 +310,7 @@ CONFIGS: Mapping[str, Callable[[Reader, Mapping[str, tuple[int, ...]]], dict[str
     "llama": _mixtral,
     "qwen2moe": _qwen2_moe,
     "qwen3moe": _qwen3_moe,
+    "qwen3vlmoe": _qwen3_moe,  # texts alone, whose three positions are equal
     "olmoe": _olmoe,
     "deepseek2": _deepseek,
     "glm4moe": _glm4_moe,

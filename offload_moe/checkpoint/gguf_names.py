@@ -8,7 +8,7 @@ import re
 # llama.cpp's names: `llama` is Mixtral here, `deepseek2` any DeepSeek since V2; a dense model is refused later.
 ARCHITECTURES = (
     *("llama", "qwen2moe", "qwen3moe", "olmoe", "deepseek2", "glm4moe", "gpt-oss"),
-    *("minimax-m2", "dots1", "granitemoe", "hunyuan-moe", "ernie4_5-moe", "lfm2moe"),
+    *("minimax-m2", "dots1", "granitemoe", "hunyuan-moe", "ernie4_5-moe", "lfm2moe", "qwen3vlmoe"),
 )
 PERMUTED = ("llama", "granitemoe")  # rows of query and key are in the order of another rotary embedding
 

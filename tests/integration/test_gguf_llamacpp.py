@@ -53,11 +53,18 @@ def llama_cpp(path: Path) -> Tensor:
     return torch.tensor([[each[str(token)] for token in range(VOCABULARY)] for each in found])
 
 
+def written(folder: Path, family: str) -> Path:
+    if family != "qwen3_vl_moe":
+        return write_model(folder, family).path
+    metadata = {"qwen3vlmoe.rope.dimension_sections": [12, 10, 10, 0], "qwen3vlmoe.n_deepstack_layers": 0}
+    return write_model(folder, "qwen3_moe", architecture="qwen3vlmoe", metadata=metadata).path
+
+
 # llama.cpp reads a DeepSeek-V2 without low-rank queries with 27 layers only.
-@pytest.mark.parametrize("family", [family for family in SETTINGS if family != "deepseek_v2"])
+@pytest.mark.parametrize("family", [*(family for family in SETTINGS if family != "deepseek_v2"), "qwen3_vl_moe"])
 def test_next_token(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path / "cache"))
-    path = write_model(tmp_path, family).path
+    path = written(tmp_path, family)
     with load(path) as model, torch.no_grad():
         ours = torch.stack([model.hf(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in PROMPTS])
     theirs = llama_cpp(path)

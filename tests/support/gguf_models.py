@@ -138,22 +138,23 @@ def write_model(
     *,
     without: str = "",
     is_latent_split: bool = True,
+    architecture: str | None = None,
     metadata: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> GgufModel:
     """A model of random blocks. kinds: of tensors whose name has this as its last part but one, in place of `kind`.
 
-    without: a tensor that is left out. is_latent_split: see `write_gguf`. metadata: keys that differ.
-    settings: of the config.
+    without: a tensor that is left out. is_latent_split: see `write_gguf`. architecture: in place of the family's.
+    metadata: keys that differ. settings: of the config.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = AutoConfig.for_model(family, **(COMMON | SETTINGS[family] | settings))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    architecture = ARCHITECTURES[family]
     known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(known[architecture], config.num_hidden_layers)
-    writer = gguf.GGUFWriter(folder / "model.gguf", architecture, split_max_tensors=tensors_per_file)
+    names = gguf.get_tensor_name_map(known[ARCHITECTURES[family]], config.num_hidden_layers)
+    named = architecture or ARCHITECTURES[family]
+    writer = gguf.GGUFWriter(folder / "model.gguf", named, split_max_tensors=tensors_per_file)
     _add_metadata(writer, config, metadata or {})
     tied = config.tie_word_embeddings
     kept = MIXED if kinds is None else kinds
