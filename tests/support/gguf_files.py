@@ -21,6 +21,7 @@ ARCHITECTURES = {
     "deepseek_v3": "deepseek2",
     "gpt_oss": "gpt-oss",
     "glm4_moe": "glm4moe",
+    "glm4_moe_lite": "deepseek2",
     "minimax_m2": "minimax-m2",
     "dots1": "dots1",
     "granitemoe": "granitemoe",
@@ -133,7 +134,7 @@ def sizes_of(family: str) -> dict[str, Any]:
     """What a family has of the sizes that quantized rows need."""
     return (
         SIZES
-        if "deepseek" in family
+        if ARCHITECTURES[family] == "deepseek2"
         else {k: v for k, v in SIZES.items() if not k.endswith(("rank", "nope_head_dim", "v_head_dim"))}
     )
 

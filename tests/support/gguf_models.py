@@ -68,6 +68,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "n_group": 1,
         "topk_group": 1,
     },
+    "glm4_moe_lite": LATENT | {"q_lora_rank": 256, "n_group": 1, "topk_group": 1, "norm_topk_prob": True},
     "gpt_oss": {"num_local_experts": 4, "head_dim": 64, "sliding_window": 8, "max_position_embeddings": 131072},
     "olmoe": {"num_experts": 4, "num_key_value_heads": 4},
     "minimax_m2": {
@@ -245,7 +246,7 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Any, changes: Mapping[str, An
         keys |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
     if config.model_type in PERMUTED:
         keys["rope.dimension_count"] = config.hidden_size // config.num_attention_heads
-    if "deepseek" in config.model_type:
+    if architecture == "deepseek2":
         length = config.qk_nope_head_dim + config.qk_rope_head_dim
         keys |= {
             "attention.head_count_kv": 1,
@@ -256,7 +257,7 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Any, changes: Mapping[str, An
             "attention.key_length_mla": length,
             "attention.value_length_mla": config.v_head_dim,
             "rope.dimension_count": config.qk_rope_head_dim,
-            "expert_gating_func": 2 if config.model_type == "deepseek_v3" else 1,
+            "expert_gating_func": 1 if config.model_type == "deepseek_v2" else 2,
             "expert_weights_norm": config.norm_topk_prob,
             "expert_group_count": config.n_group,
             "expert_group_used_count": config.topk_group,
