@@ -49,6 +49,9 @@ def main() -> None:
     for shape in options.shapes:
         columns, rows = map(int, shape.split("x"))
         for codec in options.codecs:
+            if codec in TYPES and not TYPES[codec].takes(columns):
+                print(f"{shape:11} {codec} is left out: rows of {columns} are no whole blocks", file=sys.stderr)
+                continue
             bench = CodecBench(codec, rows, columns, options)
             for threads in options.threads:
                 torch.set_num_threads(threads)

@@ -40,13 +40,13 @@ class Reader:
         return self.metadata.get(f"{self.architecture}.{key}")
 
     def number(self, key: str) -> Any:
-        """A number that must be there; of a list with one for each layer, the one that all have.
+        """A number that must be there; of a list with one for each layer, the one that all have that have any.
 
         Raises: CheckpointError naming the key that is missing or of another type.
         """
         value = self.get(key)
-        if isinstance(value, list) and value and all(each == value[0] for each in value):
-            value = value[0]
+        if isinstance(value, list) and len(found := set(value) - {0} or set(value)) == 1:
+            (value,) = found
         if isinstance(value, list):
             raise CheckpointError(f"{self.path}: {self.architecture}.{key} differs from layer to layer, unsupported.")
         if type(value) not in (int, float):
@@ -269,6 +269,25 @@ def _hunyuan_moe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[
     }
 
 
+def _lfm2_moe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """A layer without heads of keys is a short convolution."""
+    heads = reader.get("attention.head_count_kv")
+    if not isinstance(heads, list):
+        heads = [heads] * reader.number("block_count")
+    return {
+        "model_type": "lfm2_moe",
+        "architectures": ["Lfm2MoeForCausalLM"],
+        "num_experts": reader.number("expert_count"),
+        "moe_intermediate_size": reader.number("expert_feed_forward_length"),
+        "num_dense_layers": reader.number("leading_dense_block_count"),
+        "norm_eps": reader.number("attention.layer_norm_rms_epsilon"),
+        "conv_L_cache": reader.number("shortconv.l_cache"),
+        "conv_bias": "blk.0.shortconv.conv.bias" in shapes,
+        "layer_types": ["full_attention" if count else "conv" for count in heads],
+        "routed_scaling_factor": reader.get("expert_weights_scale") or 1.0,
+    }
+
+
 def _ernie_moe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     first, num_layers = reader.number("leading_dense_block_count"), reader.number("block_count")
     width = reader.number("expert_feed_forward_length")
@@ -291,6 +310,7 @@ CONFIGS: Mapping[str, Callable[[Reader, Mapping[str, tuple[int, ...]]], dict[str
     "llama": _mixtral,
     "qwen2moe": _qwen2_moe,
     "qwen3moe": _qwen3_moe,
+    "qwen3vlmoe": _qwen3_moe,  # texts alone, whose three positions are equal
     "olmoe": _olmoe,
     "deepseek2": _deepseek,
     "glm4moe": _glm4_moe,
@@ -300,4 +320,5 @@ CONFIGS: Mapping[str, Callable[[Reader, Mapping[str, tuple[int, ...]]], dict[str
     "granitemoe": _granite_moe,
     "hunyuan-moe": _hunyuan_moe,
     "ernie4_5-moe": _ernie_moe,
+    "lfm2moe": _lfm2_moe,
 }

@@ -8,11 +8,12 @@ import re
 # llama.cpp's names: `llama` is Mixtral here, `deepseek2` any DeepSeek since V2; a dense model is refused later.
 ARCHITECTURES = (
     *("llama", "qwen2moe", "qwen3moe", "olmoe", "deepseek2", "glm4moe", "gpt-oss"),
-    *("minimax-m2", "dots1", "granitemoe", "hunyuan-moe", "ernie4_5-moe"),
+    *("minimax-m2", "dots1", "granitemoe", "hunyuan-moe", "ernie4_5-moe", "lfm2moe", "qwen3vlmoe"),
 )
 PERMUTED = ("llama", "granitemoe")  # rows of query and key are in the order of another rotary embedding
 
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_WHOLE_OF = {"lfm2moe": {"token_embd_norm": "model.embedding_norm", "output_norm": "model.embedding_norm"}}
 _IN_BLOCK = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -62,6 +63,23 @@ _IN_BLOCK_OF = {
         "ffn_gate_up_exps": "block_sparse_moe.experts.gate_up_proj",
         "ffn_down_exps": "block_sparse_moe.experts.down_proj",
     },
+    "lfm2moe": {
+        "attn_norm": "operator_norm",
+        "ffn_norm": "ffn_norm",
+        "attn_output": "self_attn.out_proj",
+        "attn_q_norm": "self_attn.q_layernorm",
+        "attn_k_norm": "self_attn.k_layernorm",
+        "shortconv.conv": "conv.conv",
+        "shortconv.in_proj": "conv.in_proj",
+        "shortconv.out_proj": "conv.out_proj",
+        "ffn_gate": "feed_forward.w1",
+        "ffn_up": "feed_forward.w3",
+        "ffn_down": "feed_forward.w2",
+        "ffn_gate_inp": "feed_forward.gate",
+        "ffn_gate_up_exps": "feed_forward.experts.gate_up_proj",
+        "ffn_down_exps": "feed_forward.experts.down_proj",
+        "exp_probs_b": "feed_forward.expert",
+    },
     "hunyuan-moe": {
         "attn_q_norm": "self_attn.query_layernorm",
         "attn_k_norm": "self_attn.key_layernorm",
@@ -84,9 +102,10 @@ _ARCHITECTURE_OF = {
     "minimax_m2": "minimax-m2",
     "hunyuan_v1_moe": "hunyuan-moe",
     "ernie4_5_moe": "ernie4_5-moe",
+    "lfm2_moe": "lfm2moe",
 }
 _UNUSED = re.compile(r"rope_freqs\.weight")
-_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_BLOCK = re.compile(r"blk\.(\d+)\.([\w.]+)\.(weight|bias)")
 
 
 def architecture_of(model_type: str) -> str:
@@ -99,12 +118,12 @@ def transformers_name(name: str, architecture: str) -> str | None:
     if _UNUSED.fullmatch(name):
         return None
     stem, _, kind = name.rpartition(".")
-    if stem in _WHOLE:
-        return f"{_WHOLE[stem]}.{kind}"
+    if (whole := (_WHOLE | _WHOLE_OF.get(architecture, {})).get(stem)) is not None:
+        return f"{whole}.{kind}"
     match = _BLOCK.fullmatch(name)
-    if match is None:
-        return re.sub(r"^blk\.(\d+)\.", r"model.layers.\1.", name)  # possibly of a layer for multi-token prediction
     known = _IN_BLOCK | _IN_BLOCK_OF.get(architecture, {})
+    if match is None or ("." in match[2] and match[2] not in known):
+        return re.sub(r"^blk\.(\d+)\.", r"model.layers.\1.", name)  # possibly of a layer for multi-token prediction
     if match[2] not in known:
         return name
     inside = known[match[2]]
@@ -113,7 +132,7 @@ def transformers_name(name: str, architecture: str) -> str | None:
 
 def _ending(inside: str, kind: str) -> str:
     """Fused experts, sinks and corrections are parameters themselves, not modules with a weight and a bias."""
-    if inside.partition(".")[2].startswith("experts.") or inside.endswith("score_correction"):
+    if inside.partition(".")[2].startswith("experts.") or inside.endswith(("score_correction", ".expert")):
         return "_bias" if kind == "bias" else ""
     return "" if inside.endswith("sinks") else f".{kind}"
 

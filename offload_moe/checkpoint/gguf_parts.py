@@ -82,6 +82,8 @@ def parts(found: Mapping[str, Stored], architecture: str, config: Mapping[str, A
             yield from _gpt_oss_experts(known, (tensor,))
         elif known.endswith(OF_ONE_ROW) and len(tensor.shape) == 1:
             yield known, GgufPart(tensors=(tensor,), join=_one_row, is_whole=True)
+        elif known.endswith(".conv.conv.weight"):
+            yield known, GgufPart(tensors=(tensor,), join=_of_one_channel, is_whole=True)
         else:
             yield known, _permuted(known, tensor, architecture, config)
 
@@ -135,6 +137,10 @@ def _same(tensor: Tensor) -> Tensor:
 
 def _one_row(vector: Tensor) -> Tensor:
     return vector[None]
+
+
+def _of_one_channel(kernels: Tensor) -> Tensor:
+    return kernels[:, None]
 
 
 def _halves(num_heads: int, whole: Tensor) -> Tensor:

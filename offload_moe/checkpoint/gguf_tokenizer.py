@@ -1,8 +1,13 @@
 """The tokenizer and the chat template of a GGUF file, through transformers' own integration."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from offload_moe.checkpoint.gguf_splits import SAME, SPLITS
 from offload_moe.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 # Splits of text that are GPT-2's own, which transformers takes where a file names none of its own.
 # Source: llama.cpp, src/llama-vocab.cpp.
@@ -21,20 +26,31 @@ def write_tokenizer(path: Path, folder: Path) -> None:
     metadata, _ = read_gguf_metadata(str(path))
     if metadata.get("tokenizer.ggml.model") in (None, "none", "no_vocab"):
         return
-    _check_split(path, metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
+    rule = str(metadata.get("tokenizer.ggml.pre", ""))
+    _check_split(path, metadata.get("tokenizer.ggml.model"), rule)
     try:
         architecture, content, settings = get_gguf_tokenizer(str(path))
-        backend, more = convert_gguf_tokenizer(architecture, content)
+        backend, more = convert_gguf_tokenizer(architecture, content | {"pre_tokenizer_type": SAME.get(rule, rule)})
+        if rule in SPLITS:
+            backend.pre_tokenizer = _splitting(SPLITS[rule])
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **settings, **more)
         tokenizer.save_pretrained(folder)
     except Exception as error:  # the integration may raise anything for foreign metadata
         raise CheckpointError(f"{path}: its tokenizer cannot be read: {error}.") from error
 
 
+def _splitting(expressions: tuple[str, ...]) -> "PreTokenizer":
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+
+    splits = [Split(Regex(expression), behavior="isolated") for expression in expressions]
+    return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
 def _check_split(path: Path, model: object, split: object) -> None:
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    if model == "gpt2" and split not in (*GGUF_PRE_TOKENIZER_SPLITS, *OF_GPT2):
+    if model == "gpt2" and split not in (*GGUF_PRE_TOKENIZER_SPLITS, *OF_GPT2, *SAME, *SPLITS):
         raise CheckpointError(
             f"{path}: its tokenizer splits texts in a way named {split!r} (tokenizer.ggml.pre), which is not known "
             "here: texts would become other tokens than the model learned. Put config.json and tokenizer.json of the "

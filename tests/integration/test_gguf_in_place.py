@@ -61,6 +61,25 @@ def test_logits_are_those_of_the_decoded_weights(family: str, tmp_path: Path) ->
     assert errors_of(logits_of(written.path), expected).median() < ROUNDED
 
 
+def test_the_language_model_of_an_architecture_with_images(tmp_path: Path) -> None:
+    metadata = {"qwen3vlmoe.rope.dimension_sections": [24, 20, 20, 0], "qwen3vlmoe.n_deepstack_layers": 3}
+    written = write_model(tmp_path, "qwen3_moe", architecture="qwen3vlmoe", metadata=metadata)
+    with torch.no_grad():
+        expected = written.hf(IDS).logits
+    assert errors_of(logits_of(written.path, exact=True), expected).max() < 1e-5
+
+
+def test_keys_and_values_of_the_latent_in_one(tmp_path: Path) -> None:
+    """As files had them until 2025: as many heads of keys as of queries."""
+    old = {"head_count_kv": 4, "key_length": 96, "value_length": 64, "key_length_mla": None, "value_length_mla": None}
+    metadata = {f"deepseek2.attention.{key}": value for key, value in old.items()}
+    written = write_model(tmp_path, "deepseek_v3", is_latent_split=False, metadata=metadata)
+    with torch.no_grad():
+        expected = written.hf(IDS).logits
+    assert errors_of(logits_of(written.path, exact=True), expected).max() < 1e-5
+    assert errors_of(logits_of(written.path), expected).median() < ROUNDED
+
+
 @pytest.mark.parametrize("kind", [*TYPES, "BF16"])
 def test_types(kind: str, tmp_path: Path) -> None:
     written = write_model(tmp_path, "qwen3_moe", kind, {"none": kind})

@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from offload_moe import load
+from offload_moe.checkpoint.gguf_splits import SAME, SPLITS
+from offload_moe.checkpoint.gguf_tokenizer import write_tokenizer
 from tests.support.gguf_models import SETTINGS, VOCABULARY, write_model
+from tests.support.gguf_vocabulary import TEXT, metadata_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # upstream's, of models outside their usual sizes
@@ -42,6 +46,18 @@ for ids in json.loads(sys.argv[2]):
     results.append({token["id"]: token["logprob"] for token in found["content"][0]["top_logprobs"]})
 print(json.dumps(results))
 """
+TOKENIZE = """
+import json, sys, urllib.request
+import xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path = sys.argv[1]
+params.n_parallel, params.n_ctx, params.warmup, params.cpuparams.n_threads = 1, 512, False, 1
+server = xllamacpp.Server(params)
+body = json.dumps({"content": sys.argv[2], "add_special": False}).encode()
+request = urllib.request.Request(server.listening_address + "/tokenize", body, {"Content-Type": "application/json"})
+print(urllib.request.urlopen(request).read().decode())
+"""
+MERGED_VOCABULARY = 600
 
 
 def llama_cpp(path: Path) -> Tensor:
@@ -53,13 +69,35 @@ def llama_cpp(path: Path) -> Tensor:
     return torch.tensor([[each[str(token)] for token in range(VOCABULARY)] for each in found])
 
 
+def written(folder: Path, family: str) -> Path:
+    if family != "qwen3_vl_moe":
+        return write_model(folder, family).path
+    metadata = {"qwen3vlmoe.rope.dimension_sections": [12, 10, 10, 0], "qwen3vlmoe.n_deepstack_layers": 0}
+    return write_model(folder, "qwen3_moe", architecture="qwen3vlmoe", metadata=metadata).path
+
+
 # llama.cpp reads a DeepSeek-V2 without low-rank queries with 27 layers only.
-@pytest.mark.parametrize("family", [family for family in SETTINGS if family != "deepseek_v2"])
+@pytest.mark.parametrize("family", [*(family for family in SETTINGS if family != "deepseek_v2"), "qwen3_vl_moe"])
 def test_next_token(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path / "cache"))
-    path = write_model(tmp_path, family).path
+    path = written(tmp_path, family)
     with load(path) as model, torch.no_grad():
         ours = torch.stack([model.hf(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in PROMPTS])
     theirs = llama_cpp(path)
     spread = theirs - theirs.mean(dim=1, keepdim=True)
     assert ((ours - theirs).norm(dim=1) / spread.norm(dim=1) < FAR).sum() >= LEAST
+
+
+@pytest.mark.parametrize("rule", [*SAME, *SPLITS, "qwen2"])
+def test_texts_are_split_as_llama_cpp_does(rule: str, tmp_path: Path) -> None:
+    metadata = metadata_of(rule, MERGED_VOCABULARY)
+    options = {"num_hidden_layers": 1, "vocab_size": MERGED_VOCABULARY, "eos_token_id": MERGED_VOCABULARY - 1}
+    path = write_model(tmp_path / "model", "qwen3_moe", metadata=metadata, **options).path
+    (tmp_path / "tokenizer").mkdir()
+    write_tokenizer(path, tmp_path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    command = [sys.executable, "-c", TOKENIZE, str(path), TEXT]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout.splitlines()[-1])["tokens"]
+    assert tokenizer(TEXT, add_special_tokens=False).input_ids == theirs

@@ -21,11 +21,13 @@ ARCHITECTURES = {
     "deepseek_v3": "deepseek2",
     "gpt_oss": "gpt-oss",
     "glm4_moe": "glm4moe",
+    "glm4_moe_lite": "deepseek2",
     "minimax_m2": "minimax-m2",
     "dots1": "dots1",
     "granitemoe": "granitemoe",
     "hunyuan_v1_moe": "hunyuan-moe",
     "ernie4_5_moe": "ernie4_5-moe",
+    "lfm2_moe": "lfm2moe",
 }
 PERMUTED = ("mixtral", "granitemoe")
 SIZES: dict[str, Any] = {
@@ -40,7 +42,15 @@ SIZES: dict[str, Any] = {
     "v_head_dim": 32,
 }
 IN_FP32 = ("norm.weight", "bias", "sinks", "router.weight")
-IN_FILE_AS_THEY_ARE = ("mlp.gate.weight", "gate.wg.weight", "shared_expert_gate.weight", "router.weight", "_bias")
+IN_FILE_AS_THEY_ARE = (
+    "feed_forward.gate.weight",
+    "conv.conv.weight",
+    "mlp.gate.weight",
+    "gate.wg.weight",
+    "shared_expert_gate.weight",
+    "router.weight",
+    "_bias",
+)
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 
 
@@ -69,10 +79,12 @@ def write_gguf(
     writer = gguf.GGUFWriter(quantized / "model.gguf", architecture_name, split_max_tensors=tensors_per_file)
     stood_for: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
         for stored_as, part in as_llama_cpp(name, value.float(), model.config, names, is_latent_split):
             if stored_as == without:
                 continue
-            is_kept = part.dim() == 1 or "gate_inp" in stored_as or stored_as.endswith("bias")
+            is_kept = part.dim() == 1 or any(word in stored_as for word in ("gate_inp", "bias", "shortconv.conv."))
             used = gguf.GGMLQuantizationType.F32 if is_kept else kind
             data = gguf.quantize(part.numpy(), used)
             writer.add_tensor(stored_as, data, raw_dtype=used)
@@ -122,7 +134,7 @@ def sizes_of(family: str) -> dict[str, Any]:
     """What a family has of the sizes that quantized rows need."""
     return (
         SIZES
-        if "deepseek" in family
+        if ARCHITECTURES[family] == "deepseek2"
         else {k: v for k, v in SIZES.items() if not k.endswith(("rank", "nope_head_dim", "v_head_dim"))}
     )
 
@@ -131,7 +143,7 @@ def as_llama_cpp(
     name: str, value: Tensor, config: Any, names: Any, is_latent_split: bool = True
 ) -> list[tuple[str, Tensor]]:
     block = name.split(".")[2] if ".layers." in name else ""
-    if ".mlp.experts." in name or ".block_sparse_moe.experts." in name:
+    if ".experts." in name:
         return [(f"blk.{block}.ffn_{part}", rows) for part, rows in _experts(name.rpartition(".")[2], value, config)]
     if name.endswith("kv_b_proj.weight") and is_latent_split:
         keys, values = value.unflatten(0, (config.num_attention_heads, -1)).split(
@@ -139,7 +151,7 @@ def as_llama_cpp(
         )
         halves = {"k_b": keys.transpose(1, 2), "v_b": values}
         return [(f"blk.{block}.attn_{half}.weight", part.contiguous()) for half, part in halves.items()]
-    if name.endswith("e_score_correction_bias"):
+    if name.endswith(("e_score_correction_bias", "expert_bias")):
         return [(f"blk.{block}.exp_probs_b.bias", value.flatten())]
     if name.endswith("sinks"):
         return [(f"blk.{block}.attn_sinks.weight", value)]
@@ -149,6 +161,8 @@ def as_llama_cpp(
         value = value.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
     if name.endswith("shared_expert_gate.weight"):
         value = value[0]
+    if name.endswith(".conv.conv.weight"):
+        value = value[:, 0]
     found = names.get_name(stem) or names.get_name(f"{stem}.layer")  # as Granite's files have its router
     return [(f"{found}.{kind}", value.contiguous())]
 

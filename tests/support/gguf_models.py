@@ -68,6 +68,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "n_group": 1,
         "topk_group": 1,
     },
+    "glm4_moe_lite": LATENT | {"q_lora_rank": 256, "n_group": 1, "topk_group": 1, "norm_topk_prob": True},
     "gpt_oss": {"num_local_experts": 4, "head_dim": 64, "sliding_window": 8, "max_position_embeddings": 131072},
     "olmoe": {"num_experts": 4, "num_key_value_heads": 4},
     "minimax_m2": {
@@ -91,6 +92,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "embedding_multiplier": 3.0,
         "residual_multiplier": 0.5,
         "logits_scaling": 2.0,
+    },
+    "lfm2_moe": {
+        "num_experts": 4,
+        "moe_intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "tie_word_embeddings": True,
     },
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 64},
     "ernie4_5_moe": {
@@ -129,28 +138,31 @@ def write_model(
     tensors_per_file: int = 0,
     *,
     without: str = "",
+    is_latent_split: bool = True,
+    architecture: str | None = None,
     metadata: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> GgufModel:
     """A model of random blocks. kinds: of tensors whose name has this as its last part but one, in place of `kind`.
 
-    without: a tensor that is left out. metadata: keys that differ. settings: of the config.
+    without: a tensor that is left out. is_latent_split: see `write_gguf`. architecture: in place of the family's.
+    metadata: keys that differ. settings: of the config.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = AutoConfig.for_model(family, **(COMMON | SETTINGS[family] | settings))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    architecture = ARCHITECTURES[family]
     known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(known[architecture], config.num_hidden_layers)
-    writer = gguf.GGUFWriter(folder / "model.gguf", architecture, split_max_tensors=tensors_per_file)
+    names = gguf.get_tensor_name_map(known[ARCHITECTURES[family]], config.num_hidden_layers)
+    named = architecture or ARCHITECTURES[family]
+    writer = gguf.GGUFWriter(folder / "model.gguf", named, split_max_tensors=tensors_per_file)
     _add_metadata(writer, config, metadata or {})
     tied = config.tie_word_embeddings
     kept = MIXED if kinds is None else kinds
     for number, (name, value) in enumerate(model.state_dict().items()):
         if tied and name == "lm_head.weight":
             continue
-        stored = as_llama_cpp(name, value, config, names)
+        stored = as_llama_cpp(name, value, config, names, is_latent_split)
         decoded = {}
         for part, rows in stored:
             chosen = _kind_of(part, rows, kind, kept)
@@ -166,7 +178,7 @@ def write_model(
 
 
 def _kind_of(name: str, rows: Tensor, kind: str, kinds: Mapping[str, str]) -> str:
-    if rows.dim() == 1 or "gate_inp" in name or name.endswith("bias"):
+    if rows.dim() == 1 or name.endswith("bias") or any(word in name for word in ("gate_inp", "shortconv.conv.")):
         return "F32"
     return kinds.get(name.split(".")[-2], kind)
 
@@ -197,7 +209,7 @@ def _random(rows: Tensor, kind: str, seed: int) -> tuple[np.ndarray, Tensor]:
 def _as_transformers(name: str, parts: Mapping[str, Tensor], config: Any) -> Tensor:
     """The inverse of `as_llama_cpp`."""
     values = list(parts.values())
-    if name.endswith("kv_b_proj.weight"):
+    if name.endswith("kv_b_proj.weight") and len(values) == 2:
         keys, latents = values
         whole = torch.cat([keys.transpose(1, 2), latents], dim=1).flatten(0, 1)
         return whole.bfloat16().float()  # as numbers that were quantized are read
@@ -210,6 +222,8 @@ def _as_transformers(name: str, parts: Mapping[str, Tensor], config: Any) -> Ten
     if config.model_type in PERMUTED and name.endswith(("q_proj.weight", "k_proj.weight")):
         heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
         value = value.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    if name.endswith(".conv.conv.weight"):
+        return value[:, None]
     return value[None] if name.endswith(("shared_expert_gate.weight", "moe_statics.e_score_correction_bias")) else value
 
 
@@ -222,7 +236,7 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Any, changes: Mapping[str, An
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None) or config.norm_eps,
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
         "expert_count": num_experts_of(config),
         "expert_used_count": config.num_experts_per_tok,
@@ -232,7 +246,7 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Any, changes: Mapping[str, An
         keys |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
     if config.model_type in PERMUTED:
         keys["rope.dimension_count"] = config.hidden_size // config.num_attention_heads
-    if "deepseek" in config.model_type:
+    if architecture == "deepseek2":
         length = config.qk_nope_head_dim + config.qk_rope_head_dim
         keys |= {
             "attention.head_count_kv": 1,
@@ -243,7 +257,7 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Any, changes: Mapping[str, An
             "attention.key_length_mla": length,
             "attention.value_length_mla": config.v_head_dim,
             "rope.dimension_count": config.qk_rope_head_dim,
-            "expert_gating_func": 2 if config.model_type == "deepseek_v3" else 1,
+            "expert_gating_func": 1 if config.model_type == "deepseek_v2" else 2,
             "expert_weights_norm": config.norm_topk_prob,
             "expert_group_count": config.n_group,
             "expert_group_used_count": config.topk_group,
@@ -286,6 +300,14 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Any, changes: Mapping[str, An
             "embedding_scale": config.embedding_multiplier,
             "residual_scale": config.residual_multiplier,
             "logit_scale": config.logits_scaling,
+        }
+    if config.model_type == "lfm2_moe":
+        keys |= {
+            "attention.head_count_kv": [config.num_key_value_heads * (kind != "conv") for kind in config.layer_types],
+            "expert_feed_forward_length": config.moe_intermediate_size,
+            "leading_dense_block_count": config.num_dense_layers,
+            "expert_gating_func": 2,
+            "shortconv.l_cache": config.conv_L_cache,
         }
     if config.model_type == "ernie4_5_moe":
         keys |= {
