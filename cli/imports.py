@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-COMPILER = "torch._dynamo"
+COMPILER, ATTRIBUTE = "torch._dynamo", "_dynamo"
 MARKS = ("allow_in_graph", "assume_constant_result", "disable")  # decorators, which only the compiler reads
 
 
@@ -44,7 +44,7 @@ def _without_compiler(torch: Any) -> Iterator[None]:
     if COMPILER in sys.modules:
         yield
         return
-    torch._dynamo = sys.modules[COMPILER] = _Marks(torch)
+    vars(torch)[ATTRIBUTE] = sys.modules[COMPILER] = _Marks(torch)
     try:
         yield
     finally:
@@ -87,4 +87,4 @@ def _unchanged(function: Any = None, *_: object, **__: object) -> Any:
 def _remove(torch: Any) -> None:
     """Remove the stand-in, unless the compiler itself has taken its place."""
     if isinstance(sys.modules.get(COMPILER), _Marks):
-        del sys.modules[COMPILER], torch._dynamo
+        del sys.modules[COMPILER], vars(torch)[ATTRIBUTE]
