@@ -9,6 +9,7 @@ from offload_moe.errors import ConfigError, OffloadMoeError
 from offload_moe.system.names import DEMO, all_names, choice
 from offload_moe.system.paths import user_path
 from offload_moe.system.settings import SETTINGS
+from offload_moe.system.whole_files import write_whole
 
 from .options import policies
 
@@ -80,7 +81,7 @@ def install(shell: str | None, environ: Mapping[str, str] | None = None) -> tupl
         raise ConfigError(f"SHELL names no shell that can complete. Name it: --install-completion {'|'.join(SCRIPTS)}")
     path = _place(choice("shell", name, SCRIPTS), environ)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(SCRIPTS[name], encoding="utf-8")
+    write_whole(path, SCRIPTS[name].encode())
     return path, HINTS[name].format(path=path, folder=path.parent)
 
 

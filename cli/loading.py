@@ -1,7 +1,6 @@
 """Loading a model for a command, with its progress on stderr."""
 
 import argparse
-import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from offload_moe.system.names import check_model
 
+from .imports import importing
 from .options import MEMORY, fill, load_arguments, sampling_arguments
 from .progress import reporter
 from .terminal import console
@@ -33,7 +33,7 @@ def load_model(options: argparse.Namespace) -> "Model":
     fill(options, *MEMORY)
     with reporter() as report:
         report("Loading libraries")
-        with _no_garbage_collection():
+        with importing():
             from offload_moe.chat import Sampling
             from offload_moe.engine.load import load
             from offload_moe.engine.options import LoadOptions
@@ -46,15 +46,3 @@ def load_model(options: argparse.Namespace) -> "Model":
         console(stderr=True).print(notice, style="bold yellow", soft_wrap=True)
     print(model.summary, file=sys.stderr)
     return model
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Imports create hundreds of thousands of permanent objects; collecting among them takes a fifth of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import offload_moe
 from offload_moe.system.paths import check_writable
+from offload_moe.system.whole_files import write_whole
 
 from ..options import Subparsers
 from ..progress import Reporter, reporter
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         print("\n".join(lines))
     if options.report:
         redacted = map(Redactor(), ["offload-moe doctor report", "", *lines])
-        options.report.write_text("\n".join(redacted) + "\n", encoding="utf-8")
+        write_whole(options.report, ("\n".join(redacted) + "\n").encode())
         print(f"Wrote {options.report}. Read it before you send it.", file=sys.stderr)
     return EXIT_PROBLEM if _num_problems(checks, outcomes) else EXIT_WELL
 

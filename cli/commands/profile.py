@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from offload_moe.system.paths import check_writable
 from offload_moe.system.progress import Progress
+from offload_moe.system.whole_files import write_whole
 
 from ..loading import loaded_model
 from ..options import SAMPLING, Subparsers, add_model_flags
@@ -88,7 +89,7 @@ def _show(options: argparse.Namespace, trace: "Trace") -> None:
     with reporter() as progress:
         report = make_report(trace, progress=progress)
         if options.html is not None:
-            Path(options.html).write_text(make_page(report), encoding="utf-8")
+            write_whole(Path(options.html), make_page(report).encode())
     if options.json:
         print(json.dumps(report_to_json(report), indent=2))
     else:
@@ -107,7 +108,7 @@ def _replay(options: argparse.Namespace) -> int:
             from offload_moe.profile.report import make_report
 
             page = make_page(make_report(trace, progress=progress))
-            Path(options.html).write_text(page, encoding="utf-8")
+            write_whole(Path(options.html), page.encode())
     if options.json:
         print(json.dumps(document, indent=2))
     else:

@@ -1,8 +1,6 @@
 """Programs of kernels compiled for a card, kept in the user's cache: a second load compiles nothing."""
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -12,6 +10,7 @@ from pathlib import Path
 import offload_moe.native
 from offload_moe.card.nvrtc import Nvrtc
 from offload_moe.system.paths import cache_dir
+from offload_moe.system.whole_files import write_whole
 
 KERNELS = Path(offload_moe.native.__file__).with_name("cuda")
 # Floats as decision 064 has them: nothing contracted, subnormal numbers kept, division and square root rounded once.
@@ -74,14 +73,7 @@ def _read(path: Path) -> bytes | None:
 
 def _write(path: Path, image: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with open(handle, "wb") as file:
-            file.write(hashlib.sha256(image).digest() + image)
-        os.replace(temporary, path)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, hashlib.sha256(image).digest() + image)
 
 
 def _drop_oldest(folder: Path) -> None:

@@ -1,14 +1,13 @@
 """A conversation as a JSON file."""
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from offload_moe.chat.chat_template import Message
 from offload_moe.errors import ConfigError
 from offload_moe.system.texts import check_text, read_text
+from offload_moe.system.whole_files import write_whole
 
 FORMAT = "offload-moe chat 1"
 ROLES = ("system", "user", "assistant", "tool")
@@ -24,16 +23,7 @@ def write_transcript(path: Path, *, system: str | None, messages: Sequence[Messa
         check_text(system, "The system prompt")
     document = {"format": FORMAT, "system": system, "messages": list(messages)}
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(document, file, ensure_ascii=False, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_whole(path, json.dumps(document, ensure_ascii=False, indent=1).encode(), mode=0o600)
     except OSError as error:
         raise ConfigError(f"Cannot save the conversation to {path}: {error.strerror}. Choose another file.") from error
 

@@ -12,7 +12,7 @@ from typing import Literal
 from offload_moe.checkpoint.source import METADATA_PATTERNS
 from offload_moe.demo import checkpoint_folder
 from offload_moe.demo.source import HUB_REPOSITORY, MODEL_NAME
-from offload_moe.errors import OffloadMoeError, StoreError
+from offload_moe.errors import OffloadMoeError, StoreError, StoreVersion
 from offload_moe.store import Store, is_store
 from offload_moe.store.beside import folders_beside, remove_beside
 from offload_moe.store.durable import PART
@@ -27,7 +27,7 @@ from offload_moe.system.paths import MANIFEST_NAME, cache_dir, file_advice
 POPULARITY_NAME = "popularity.json"  # counts of each expert's use, kept beside a store
 
 DEMO_IS_NOT_BUILT = "The demo model is not built yet. `offload-moe chat` builds it, from a 93 MB download."
-Kind = Literal["store", "demo", "conversion", "damaged store", "unfinished demo"]
+Kind = Literal["store", "demo", "conversion", "damaged store", "store of a later version", "unfinished demo"]
 
 _UNFINISHED_DEMO = re.compile(rf"\.({re.escape(MODEL_NAME)}-MoE-[0-9a-f]{{8}})\.partial")
 _DEMO = re.compile(rf"{re.escape(MODEL_NAME)}-MoE-[0-9a-f]{{8}}")
@@ -161,9 +161,8 @@ def _describe_store(path: Path) -> Installed:
     try:
         store = Store.open(path)
     except OffloadMoeError as error:
-        return Installed(
-            name=path.name, path=path, kind="damaged store", num_bytes=folder_bytes(path), problem=str(error)
-        )
+        kind: Kind = "store of a later version" if isinstance(error, StoreVersion) else "damaged store"
+        return Installed(name=path.name, path=path, kind=kind, num_bytes=folder_bytes(path), problem=str(error))
     return Installed(
         name=path.resolve().name,
         path=path,

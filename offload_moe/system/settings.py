@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from offload_moe.errors import ConfigError
 from offload_moe.system.names import DEMO, choice
 from offload_moe.system.paths import config_file, user_path
 from offload_moe.system.sizes import parse_port, parse_size, parse_tokens
+from offload_moe.system.whole_files import write_whole
 
 UNSET = "default"  # the origin of a value that is not set
 
@@ -108,11 +108,16 @@ def _chosen(
 def _written(path: Path) -> dict[str, str]:
     """The settings of a file, as text; none where there is no file."""
     try:
-        found = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        return _read(path.read_bytes(), path)
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise ConfigError(f"The settings in {path} cannot be read: {error.strerror}.") from error
+
+
+def _read(data: bytes, path: Path) -> dict[str, str]:
+    try:
+        found = tomllib.loads(data.decode("utf-8-sig"))
     except ValueError as error:
         raise ConfigError(f'{path} is not TOML: {error}. A line of it looks like: ram = "32GiB"') from error
     for name, value in found.items():
@@ -148,15 +153,7 @@ def _replace(path: Path, text: str, expected: Mapping[str, str]) -> None:
     target = path.resolve()
     if target.exists() and not target.is_file():
         raise ConfigError(f"{path} is no file, so no default can be kept there. Name another with OFFLOAD_MOE_CONFIG.")
+    if _read(text.encode(), path) != expected:
+        raise ConfigError(f"{path} has a form that cannot be changed here. Edit it with an editor.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.with_name(f"{target.name}.new")
-    try:
-        new.touch(mode=0o600 if target.exists() else 0o666)
-        new.write_bytes(text.encode())
-        if target.exists():
-            shutil.copymode(target, new)
-        if _written(new) != expected:
-            raise ConfigError(f"{path} has a form that cannot be changed here. Edit it with an editor.")
-        new.replace(target)
-    finally:
-        new.unlink(missing_ok=True)
+    write_whole(path, text.encode())

@@ -36,8 +36,9 @@ def test_the_fast_form_is_a_sample_of_several_files() -> None:
     assert len(fast) >= len(files) >= 3
 
 
-def test_the_kernel_tests_that_are_sanitized_exist() -> None:
-    named = re.findall(r"tests/\S+?\.py", (ROOT / "scripts/sanitize").read_text())
+@pytest.mark.parametrize("script", ["sanitize", "test_dependencies"])
+def test_the_tests_that_are_named_exist(script: str) -> None:
+    named = re.findall(r"tests/\S+?\.py", (ROOT / "scripts" / script).read_text())
     assert len(named) >= 4
     assert all(list(ROOT.glob(pattern)) for pattern in named)
 
