@@ -159,7 +159,7 @@ def _prepare(
     """The request that generate() prepares: it passes it to its custom decoding method, here `take`."""
 
     def take(
-        model: Any,
+        model: TextModel,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,

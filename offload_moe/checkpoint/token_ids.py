@@ -10,9 +10,11 @@ from offload_moe.errors import ConfigError
 from offload_moe.families.text_model import TextModel
 
 
-def num_embeddings(model: Any) -> int:
+def num_embeddings(model: TextModel) -> int:
     """Rows of the input embeddings, the upper bound of token ids."""
-    return int(model.get_input_embeddings().weight.shape[0])
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return len(weight)
 
 
 def check_ids(ids: Sequence[int], num_rows: int, tokenizer: Any = None, text: str = "The prompt") -> None:

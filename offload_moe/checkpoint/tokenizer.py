@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from offload_moe.checkpoint.token_ids import num_embeddings
+from offload_moe.families.text_model import TextModel
 
 TOKENIZER_JSON = "tokenizer.json"
 JSON_FILES = (TOKENIZER_JSON, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -78,7 +79,7 @@ def damaged_file(folder: Path) -> str | None:
     return None
 
 
-def tokenizer_notices(tokenizer: Any, model: Any) -> list[str]:
+def tokenizer_notices(tokenizer: Any, model: TextModel) -> list[str]:
     """Notices about parts of a tokenizer that cannot be used with this model."""
     return [text for text in (_tokens_beyond(tokenizer, num_embeddings(model)), _template_fault(tokenizer)) if text]
 

@@ -42,7 +42,7 @@ class SmallModel:
             for codec in CODECS
         }
 
-    def oracle(self, codec: str, device: torch.device) -> Any:
+    def oracle(self, codec: str, device: torch.device) -> TextModel:
         """transformers' own model in fp32, its experts replaced by the decoded records of the store."""
         from transformers import AutoModelForCausalLM
 
@@ -55,7 +55,8 @@ class SmallModel:
                 record = store.read_expert(ordinal, expert)
                 for name, value in get_codec(codec).decode(layer.shape, record, torch.float32).items():
                     getattr(layer.module, name).data[expert] = value
-        return hf.to(device).eval()
+        oracle: TextModel = hf.to(device).eval()
+        return oracle
 
 
 def logits_of(hf: TextModel) -> Tensor:

@@ -62,7 +62,7 @@ def assemble(
     dense_codec: str | None = None,
     is_exact: bool = False,
     in_panels: bool = False,
-    skeleton: Any = None,
+    skeleton: TextModel | None = None,
 ) -> Assembled:
     """Build the model and load every dense weight, cast to the compute dtype, onto the device.
 

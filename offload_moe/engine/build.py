@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -64,7 +63,7 @@ class Engine:
     experts: list[BoundExperts]
     hierarchy: Hierarchy
     notices: tuple[str, ...] = ()
-    mtp: Any = None
+    mtp: TextModel | None = None
 
     @property
     def lookahead(self) -> Lookahead | None:
@@ -95,7 +94,9 @@ def pools_of(
     )
 
 
-def build(store: Store, blueprint: Blueprint, skeleton: Any = None, mtp: Any = None) -> Engine:
+def build(
+    store: Store, blueprint: Blueprint, skeleton: TextModel | None = None, mtp: TextModel | None = None
+) -> Engine:
     """The store's model, ready to compute. skeleton: see `assemble`.
 
     mtp: the layer for multi-token prediction without weights, on the CPU; the pools are for its experts, too.

@@ -1,7 +1,6 @@
 """Whether a model on a card takes the device pass, and the reason where it does not."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from offload_moe.decode import FastPath
 from offload_moe.decode.report import LayerPath
 from offload_moe.engine.build import Engine
 from offload_moe.errors import BudgetError, DevicePassUnavailable, TransferError
+from offload_moe.families.text_model import TextModel
 from offload_moe.native.planes import not_in_panels_reason
 from offload_moe.quant import get_codec
 from offload_moe.store import Store
@@ -45,7 +45,7 @@ class DevicePass:
         return found
 
 
-def open_device_pass(store: Store, skeleton: Any, device: torch.device, *, why_off: str) -> DevicePass:
+def open_device_pass(store: Store, skeleton: TextModel, device: torch.device, *, why_off: str) -> DevicePass:
     """Look for a card and for whatever of the model has no kernel there, before anything is loaded.
 
     why_off: the reason why there shall be none.

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 
@@ -26,6 +26,7 @@ from offload_moe.engine.options import LoadKeywords, LoadOptions
 from offload_moe.engine.overflow import watch_overflow
 from offload_moe.errors import ConfigError
 from offload_moe.experts.arithmetic import keeps_eagers_bits
+from offload_moe.families.text_model import TextModel
 from offload_moe.memory.copier import AcceleratorCopier, compute_device
 from offload_moe.memory.unused_card import notice_of_unused_card
 from offload_moe.native.kernels import MAX_ROWS, use_torch_after_fork
@@ -91,8 +92,8 @@ class Planned:
     mtp: its layer for multi-token prediction; None where that is not loaded.
     """
 
-    skeleton: Any
-    mtp: Any
+    skeleton: TextModel
+    mtp: TextModel | None
     device: torch.device
     dtype: torch.dtype
     keeps_bits: bool

@@ -101,7 +101,9 @@ class ExpertKernel:
         if (accumulate and DTYPES[out.dtype]) or (out_ids is None and out.shape != x.shape):
             raise ConfigError(f"out is {out.dtype} {tuple(out.shape)}; x has {tuple(x.shape)}; only fp32 accumulates.")
         if out_ids is not None and (
-            DTYPES[out.dtype] or len(out_ids) != len(token_ids) or max(out_ids, default=0) >= len(out)
+            DTYPES[out.dtype]
+            or len(out_ids) != len(token_ids)
+            or not 0 <= min(out_ids, default=0) <= max(out_ids, default=0) < len(out)
         ):
             raise ConfigError(f"{len(out_ids)} rows of out for {len(token_ids)} pairs, of {len(out)} in {out.dtype}.")
         if len(offsets) != len(records) + 1 or len(token_ids) != len(weights):

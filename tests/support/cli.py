@@ -28,7 +28,8 @@ def load_cli() -> ModuleType:
 
 def environment(folder: Path, **changes: str) -> dict[str, str]:
     """An environment whose cache folder is `folder`."""
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    names = ("PATH", "HOME", "LANG", "COVERAGE_FILE", "COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START")
+    kept = {name: os.environ[name] for name in names if name in os.environ}
     return kept | {
         "PYTHONPATH": str(ROOT),
         "OFFLOAD_MOE_CACHE": str(folder),

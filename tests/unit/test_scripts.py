@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -140,3 +141,29 @@ def test_pythons_are_the_same_everywhere() -> None:
     named = [found[1] for line in classifiers if (found := re.fullmatch(r".*Python :: (3\.\d+)", line))]
     tests = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["tests"]
     assert tests["strategy"]["matrix"]["python"] == named
+
+
+def test_coverage_says_which_lines_and_ways_no_test_takes(tmp_path: Path) -> None:
+    """`scripts/coverage`, over what it reads from reports of coverage.py and gcovr."""
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room/a.py").write_text("if x:\n    y()\nz()\n")
+    (tmp_path / "room/b.c").write_text("if (x)\n  y();\n")
+    script = runpy.run_path(str(ROOT / "scripts/coverage"))
+    script["left_out"].__globals__["ROOT"] = tmp_path
+    found = {
+        "room/a.py": {"lines": {"1": True, "2": False, "3": True}, "branches": {"1, 2": False, "1, 3": True}},
+        "room/b.c": {"lines": {"1": True, "2": True}, "branches": {"1, way 1 of 2": True, "1, way 2 of 2": False}},
+        "roomy/c.py": {"lines": {"1": False}, "branches": {}},
+    }
+    assert list(script["left_out"](found, "room")) == [
+        "room/a.py:1: if x:    [never: 2]",
+        "room/a.py:2: y()",
+        "room/b.c:1: if (x)    [never: way 2 of 2]",
+    ]
+    rows = [line.split() for line in script["table"](found).splitlines()]
+    assert rows[1:] == [
+        ["room", "5", "80.0", "%", "4", "50.0", "%"],
+        ["roomy", "1", "0.0", "%", "0"],
+        ["all", "of", "Python", "4", "50.0", "%", "2", "50.0", "%"],
+        ["all", "of", "C", "2", "100.0", "%", "2", "50.0", "%"],
+    ]

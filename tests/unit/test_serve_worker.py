@@ -16,7 +16,7 @@ def log() -> list[str]:
     return []
 
 
-def job(name: str, num_steps: int, log: list[str], gate: threading.Event | None = None) -> Job:
+def job(name: str, num_steps: int, log: list[str], gate: "threading.Event | Steps | None" = None) -> Job:
     def work(job: Job) -> Work:
         for step in range(num_steps):
             if gate is not None:
@@ -35,6 +35,25 @@ def run(worker: Worker, jobs: list[Job]) -> None:
         worker.submit(each)
     assert worker.drain(LIMIT_S)
     worker.close()
+
+
+class Steps:
+    """Steps of works wait until they are let through, one by one."""
+
+    def __init__(self) -> None:
+        self._permits = threading.Semaphore(0)
+
+    def wait(self, limit_s: float) -> bool:
+        return self._permits.acquire(timeout=limit_s)
+
+    def let_all_begin(self, worker: Worker, number: int) -> None:
+        """One work begins at each turn, so all of them run after so many steps less one; then the next step waits."""
+        self._permits.release(number - 1)
+        while worker.num_running < number:
+            time.sleep(0.001)
+
+    def let_go_on(self) -> None:
+        self._permits.release(1000)
 
 
 def test_one_after_the_other(log: list[str]) -> None:
@@ -62,7 +81,7 @@ def test_steps_alternate_and_the_queue_moves_up(log: list[str]) -> None:
 
 def test_one_chunk_of_a_prompt_between_two_tokens(log: list[str]) -> None:
     """However many prompts wait: a stream goes on at the pace of one chunk."""
-    gate = threading.Event()
+    gate = Steps()
 
     def work(name: str, num_chunks: int) -> Job:
         def steps(job: Job) -> Work:
@@ -77,11 +96,8 @@ def test_one_chunk_of_a_prompt_between_two_tokens(log: list[str]) -> None:
     worker = Worker(parallel=4)
     for each in (work("a", 0), work("b", 0), work("c", 3), work("d", 3)):
         worker.submit(each)
-    while worker.num_running < 4:
-        time.sleep(0.001)
-        gate.set()
-        gate.clear()
-    gate.set()
+    gate.let_all_begin(worker, 4)
+    gate.let_go_on()
     assert worker.drain(LIMIT_S)
     worker.close()
     streaming = log[log.index("b") : max(at for at, name in enumerate(log) if name == "a")]
@@ -93,20 +109,17 @@ def test_one_chunk_of_a_prompt_between_two_tokens(log: list[str]) -> None:
 
 def test_where_alternating_is_of_no_use_requests_come_one_after_the_other(log: list[str]) -> None:
     """None begins beside another; of those that run, the first goes on to its end."""
-    gate, is_of_use = threading.Event(), threading.Event()
+    gate, is_of_use = Steps(), threading.Event()
     worker = Worker(parallel=3, alternates=is_of_use.is_set)
     jobs = [job(name, 3, log, gate) for name in "abcd"]
     is_of_use.set()
     for each in jobs[:2]:
         worker.submit(each)
-    while worker.num_running < 2:
-        time.sleep(0.001)
-        gate.set()
-        gate.clear()
+    gate.let_all_begin(worker, 2)
     is_of_use.clear()
     for each in jobs[2:]:
         worker.submit(each)
-    gate.set()
+    gate.let_go_on()
     assert worker.drain(LIMIT_S)
     worker.close()
     assert [name for name in log if name[0] in "cd"] == ["c0", "c1", "c2", "d0", "d1", "d2"]
