@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from itertools import count
 from typing import Any
 
@@ -92,7 +93,8 @@ class Keeper:
             await actor.run.remote()
         finally:
             self._replicas.remove(name)
-            ray.kill(actor)
+            with suppress(RayError):  # of a cluster that has ended
+                ray.kill(actor)
 
     def _check(self, name: str, started: Started) -> None:
         """Let it take requests. Raises: ConfigError where its answers would be those of another store."""
