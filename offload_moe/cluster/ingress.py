@@ -82,7 +82,8 @@ class Ingress:
         if self.is_draining:
             raise closed()
         body = await read_body(Request(scope, receive), self._config)
-        passage = Passage(self.replicas, scope, body, chain_of(path, body, self._config.ignore_prefix))
+        chain = await asyncio.to_thread(chain_of, path, body, self._config.ignore_prefix)  # of megabytes, at times
+        passage = Passage(self.replicas, scope, body, chain)
         task = asyncio.create_task(passage.go(receive, send))
         self._passing.add(task)
         try:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from itertools import count
 from typing import Any
 
@@ -36,11 +37,18 @@ class Keeper:
         self.first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def keep(self) -> None:
-        """Until it is cancelled. `first` is done with the first replica, or once every slot has failed to have one."""
+        """Until it is cancelled. `first` is done with the first replica, or once every slot has failed to have one.
+
+        Raises: ConfigError when Ray has ended.
+        """
         try:
             while True:
                 self._hold(await asyncio.to_thread(self._find))
                 await asyncio.sleep(LOOK_S)
+        except RayError as error:
+            raise ConfigError(
+                f"Ray does not answer any more: {first_line(error)} Start it, then this command."
+            ) from error
         finally:
             for task in self._holding.values():
                 task.cancel()
@@ -85,7 +93,8 @@ class Keeper:
             await actor.run.remote()
         finally:
             self._replicas.remove(name)
-            ray.kill(actor)
+            with suppress(RayError):  # of a cluster that has ended
+                ray.kill(actor)
 
     def _check(self, name: str, started: Started) -> None:
         """Let it take requests. Raises: ConfigError where its answers would be those of another store."""
@@ -99,8 +108,13 @@ class Keeper:
 
     def _note(self, slot: Slot, error: Exception) -> None:
         cause: Any = getattr(error, "cause", error)
-        logger.warning("A replica at %s has ended: %s", slot.address, str(cause).partition("\n")[0])
+        logger.warning("A replica at %s has ended: %s", slot.address, first_line(cause))
         if isinstance(cause, OffloadMoeError) and not self.first.done():
             self._failures[slot] = cause
             if self._failures.keys() >= self._holding.keys():
                 self.first.set_exception(cause)
+
+
+def first_line(error: object) -> str:
+    """Ray's errors go on for many."""
+    return str(error).partition("\n")[0]

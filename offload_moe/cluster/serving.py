@@ -11,7 +11,7 @@ from dataclasses import replace
 import ray
 
 from offload_moe.cluster.ingress import Ingress
-from offload_moe.cluster.keeper import Keeper
+from offload_moe.cluster.keeper import Keeper, first_line
 from offload_moe.cluster.replica import Job
 from offload_moe.cluster.replicas import Replicas
 from offload_moe.errors import ConfigError
@@ -82,8 +82,8 @@ def _connected() -> Iterator[None]:
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"Cannot reach Ray at {address or 'this machine'}: {error}. This machine must be a node of the cluster: "
-            "`ray start --head`, or `ray start --address HOST:6379`. Without RAY_ADDRESS a Ray is started here."
+            f"Cannot reach Ray at {address or 'this machine'}: {first_line(error)} This machine must be a node of the "
+            "cluster: `ray start --head`, or `ray start --address HOST:6379`. Without RAY_ADDRESS one is started here."
         ) from error
     try:
         yield

@@ -240,6 +240,11 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         ("four_replayed_ratio.min", "replay_auto_worst_ratio", "traces.*.disk.guesses.2.always"),
     ),
     (
+        "replicas.py",
+        "--replicas 2 --users 2 --seeds 1",
+        ("results.2 users.2.*.hit_rate", "results.2 users.2.*.first_token_s_p95", "results.2 users.2.*.answers"),
+    ),
+    (
         "speculation.py",
         "{store} --threads 1 --trials 1 --tokens 24 --context 512 --characters 120 --prompts 1 --rows 2,4",
         (

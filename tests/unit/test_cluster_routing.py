@@ -1,6 +1,7 @@
 """Where a request goes: chains of beginnings, who has the longest one, streams held back, slots of nodes."""
 
 import json
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -120,6 +121,18 @@ def test_the_longest_beginning_counts() -> None:
     assert answered(routes, chain(messages=second), without=("a",)) == "b"
     assert answered(routes, chain(messages=[*first, said("x")])) == "a"
     assert answered(routes, chain(messages=[*second, said("x")])) == "b"
+
+
+def test_conversations_that_share_a_system_prompt_are_spread() -> None:
+    routes = router("a", "b", "c")
+    system = {"role": "system", "content": "s" * 20_000}
+    begun = [[system, user(text)] for text in "tuvwxy"]
+    went = [answered(routes, chain(messages=messages)) for messages in begun]
+    assert went[:2] == ["a", "a"]  # as an edited first message would
+    assert Counter(went[2:]) == {"b": 2, "c": 1, "a": 1}
+    again = [answered(routes, chain(messages=[*messages, said("x"), user("y")])) for messages in begun[::-1]]
+    assert again == went[::-1]
+    assert [answered(routes, chain(messages=messages)) for messages in begun] == went
 
 
 def test_a_replica_with_more_to_do_than_a_beginning_saves_is_passed_over() -> None:
