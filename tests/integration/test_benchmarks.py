@@ -253,6 +253,11 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         ),
     ),
     (
+        "speculation.py",
+        "{store} --threads 1 --trials 1 --tokens 16 --context 256 --rows 2 --replay-alone",
+        ("replay_share_of_bound.median", "replay.2.tokens_per_pass"),
+    ),
+    (
         "device_host_time.py",
         "--shapes Qwen3-30B-A3B --layers 1 --trials 1 --tokens 3",
         (
