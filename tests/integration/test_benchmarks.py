@@ -126,6 +126,11 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         ("texts.*.tokens_per_pass", "texts.*.gain", "texts.edit.num_right", "texts.*.us_per_token"),
     ),
     (
+        "hints.py",
+        "{trace} --tokens 30 --resident 0.15",
+        ("traces.*.*.none.misses", "traces.*.*.draft.recall", "traces.*.*.same token.reads", "traces.*.*.draft.alone"),
+    ),
+    (
         "kernel.py",
         "--trials 1 --threads 1 --shapes 128x1024 --tokens 1,2 --megabytes 1 --unpinned --peers",
         ("results.0.gb_per_s.median", "results.0.of_read.median", "results.0.error", "results.1.rows_gain.median"),
