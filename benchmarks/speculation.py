@@ -1,6 +1,6 @@
 """What guessed tokens gain: the edit of a text and the extraction of JSON, in memory and from disk; prose; a replay.
 
-    python benchmarks/speculation.py [STORE] [--threads 2] [--trials 5] [--tokens 340] [--resident 0.4]
+    python benchmarks/speculation.py [STORE] [--threads 2] [--trials 5] [--tokens 340] [--resident 0.4] [--replay-alone]
 
 Each figure alternates with plain decoding, and answers are the same with guesses and without, which is checked.
 
@@ -13,6 +13,8 @@ replay          the given edit with its own tokens as guesses, of which a draw m
                 `share_of_bound`: the gain over the gain that the bytes read allow, dense weights once per pass and each
                 expert that its rows chose; `replay_share_of_bound` has the least, median and greatest of all numbers of
                 rows. `governed`: by the governor, which may take fewer; `replay_auto_worst_ratio` is the least of these
+
+`--replay-alone`, for a store whose tokenizer has no vocabulary: the replay in memory, of tokens without a meaning.
 
 With one thread the time is that of the processor where no expert is on disk, else the clock's. The last line of stdout
 is one JSON document.
@@ -29,12 +31,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from harness import alternate, bind_to_cores, finish, paired_ratio, spread
+from harness import alternate, bind_to_cores, finish, paired_ratio, prompt_ids, spread
 from run_store import fill
 
 PROMPTS = Path(__file__).parent / "speculation_prompts.json"
 ACCEPTANCE = 0.8
 OWN_TOKENS = 160  # of an answer that is not given
+DRAWN_PROMPT = 64
 Clock = Callable[[], float]
 
 
@@ -69,13 +72,22 @@ class Answers:
     def __init__(self, model: Any, num_tokens: int, clock: Clock) -> None:
         from offload_moe.chat.template import PromptFormat
 
+        tokenizer = model.tokenizer
         self.model, self._num_tokens, self._clock = model, num_tokens, clock
-        self._format = PromptFormat(model.hf, model.tokenizer, raw=model.tokenizer.chat_template is None)
+        has_template = tokenizer is not None and tokenizer.chat_template is not None
+        self._format = None if tokenizer is None else PromptFormat(model.hf, tokenizer, raw=not has_template)
 
     def task(self, question: str, answer: str = "") -> Task:
         """answer: what the model will choose; empty for its own choice."""
+        assert self._format is not None
         ids = self._format.encode(self._format.render([{"role": "user", "content": question}]))
         return Task(ids, self._format.tokenizer(answer, add_special_tokens=False)["input_ids"] if answer else [])
+
+    def drawn_task(self) -> Task:
+        """Of tokens that mean nothing."""
+        size = self.model.hf.config.get_text_config(decoder=True).vocab_size
+        ids = [token % size for token in prompt_ids(0, DRAWN_PROMPT + self._num_tokens)]
+        return Task(ids[:DRAWN_PROMPT], ids[DRAWN_PROMPT:])
 
     def run(self, task: Task, expected: list[int], speculator: Any = None) -> Figures:
         """One answer; its tokens are appended to `expected`, or compared with what is there."""
@@ -88,7 +100,8 @@ class Answers:
         hf, stats = self.model.hf, self.model.stats
         greedy = Sampling(temperature=0)
         most = min(self._num_tokens, len(task.answer) or OWN_TOKENS)
-        config = greedy.generation_config(hf, stop_ids=self._format.stop_ids, max_new_tokens=most)
+        stop_ids = () if self._format is None else self._format.stop_ids
+        config = greedy.generation_config(hf, stop_ids=stop_ids, max_new_tokens=most)
         steering = Steering(processors=[partial(choose, task)] if task.answer else [])
         with TokenStream(hf, torch.tensor([task.ids]), config, steering=steering, speculator=speculator) as stream:
             next(stream)
@@ -241,6 +254,7 @@ def main() -> None:
     parser.add_argument(
         "--resident", type=float, default=0.4, help="share of the experts in RAM, with the rest on disk"
     )
+    parser.add_argument("--replay-alone", action="store_true")
     options = parser.parse_args()
     bind_to_cores(options.threads)
     import torch
@@ -250,10 +264,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     kernels.set_threads(options.threads)
     prompts = json.loads(PROMPTS.read_text("utf-8"))
+    rows = [int(count) for count in options.rows.split(",")]
     document: dict[str, Any] = {}
     clock = time.process_time if options.threads == 1 else time.perf_counter
     for suffix, share in (("", None), ("_disk", options.resident)):
         with loaded(options, share, clock if share is None else time.perf_counter) as answers:
+            if options.replay_alone:
+                document["replay"] = replayed(answers, answers.drawn_task(), rows, options.trials)
+                break
             for name in ("edit", "json"):
                 given = prompts[name]
                 question = given["question"].format(text=given["text"][: options.characters])
@@ -263,9 +281,9 @@ def main() -> None:
                     document[key] = show(key, compared(answers, each, make, options.trials))
                 document[f"ngram_{name}{suffix}_ratio"] = document[f"{name}{suffix}"]["ratio"]
                 if name == "edit" and share is None:
-                    rows = [int(count) for count in options.rows.split(",")]
                     document["replay"] = replayed(answers, task, rows, options.trials)
-            document[f"prose{suffix}"] = prose(answers, prompts["prose"][: options.prompts], options.trials)
+            document[f"prose{suffix}"] = found = prose(answers, prompts["prose"][: options.prompts], options.trials)
+            document[f"auto_prose{suffix}_worst_ratio"] = found["worst"]
     replays = document["replay"].values()
     shares = [each["share_of_bound"]["median"] for each in replays]
     worst = min((each["governed"]["ratio"] for each in replays), key=lambda ratio: float(ratio["median"]))
@@ -277,8 +295,6 @@ def main() -> None:
             "threads": options.threads,
             "resident": options.resident,
             "acceptance": ACCEPTANCE,
-            "auto_prose_worst_ratio": document["prose"]["worst"],
-            "auto_prose_disk_worst_ratio": document["prose_disk"]["worst"],
             "replay_share_of_bound": spread(shares),
             "replay_auto_worst_ratio": worst,
             **document,

@@ -33,13 +33,18 @@ class DraftFiles:
     folder: Path
     skeleton: TextModel
 
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token of one conversation."""
+        return _cache_elements(self.skeleton.config) * KEPT.itemsize
+
     def num_bytes(self, context: int) -> int:
-        """What it takes in memory: weights, keys and values of so many tokens."""
+        """What it takes in memory: weights, keys and values of so many tokens of one conversation."""
         quantized = _quantized(self.skeleton)
         records = sum(_record_bytes(linear) for linear in quantized.values())
         inside = {f"{name}.weight" for name in quantized}
         others = sum(4 * value.numel() for name, value in self.skeleton.named_parameters() if name not in inside)
-        return records + others + context * _cache_elements(self.skeleton.config) * KEPT.itemsize
+        return records + others + context * self.token_bytes
 
 
 def find_draft(name: str | Path, *, token: str | None = None) -> DraftFiles:

@@ -89,7 +89,8 @@ def load(
 class Planned:
     """A model still on the meta device, and the plan of its memory. keeps_bits: results have eager's bits.
 
-    mtp: its layer for multi-token prediction; None where that is not loaded.
+    mtp: its layer for multi-token prediction; None where that is not loaded. draft_token_bytes: keys and values of a
+    draft model; 0 without one.
     """
 
     skeleton: TextModel
@@ -99,6 +100,7 @@ class Planned:
     keeps_bits: bool
     shape: ModelShape
     placement: Placement
+    draft_token_bytes: int
 
 
 def _options(options: LoadOptions | None, keywords: LoadKeywords) -> LoadOptions:
@@ -202,6 +204,7 @@ def _plan(store: Store, options: LoadOptions, device: torch.device, draft: Draft
         keeps_bits=keeps_bits,
         shape=shape,
         placement=placement,
+        draft_token_bytes=0 if draft is None else draft.token_bytes,
     )
 
 
@@ -280,7 +283,14 @@ def _make_room(planned: Planned, engine: Engine) -> ContextRoom:
     """Room for contexts, made before each forward of the decoder."""
     resize = partial(engine.hierarchy.resize, "vram" if planned.placement.vram else "ram")
     borrows = may_borrow(engine.hf, planned.shape, planned.placement)
-    room = ContextRoom(planned.shape, planned.dtype, planned.placement, resize, borrows=borrows)
+    room = ContextRoom(
+        planned.shape,
+        planned.dtype,
+        planned.placement,
+        resize,
+        borrows=borrows,
+        draft_token_bytes=planned.draft_token_bytes,
+    )
     engine.hf.get_decoder().register_forward_pre_hook(room.before_forward, with_kwargs=True)
     return room
 

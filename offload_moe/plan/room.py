@@ -38,12 +38,21 @@ class ContextRoom:
     """Divides memory between the fast tier's slots and the live caches. Safe for several threads."""
 
     def __init__(
-        self, shape: ModelShape, dtype: torch.dtype, placement: Placement, resize: Resize, *, borrows: bool = False
+        self,
+        shape: ModelShape,
+        dtype: torch.dtype,
+        placement: Placement,
+        resize: Resize,
+        *,
+        borrows: bool = False,
+        draft_token_bytes: int = 0,
     ) -> None:
         """resize: changes the number of the fast tier's slots, and returns the new number.
 
-        borrows: slots may borrow planned memory that the context does not need yet.
+        borrows: slots may borrow planned memory that the context does not need yet. draft_token_bytes: keys and values
+        of a draft model, which keeps a cache of its own beside each; they lie in RAM.
         """
+        self._draft_token_bytes = draft_token_bytes if placement.vram is None else 0
         self._shape, self._dtype, self._placement, self._resize = shape, dtype, placement, resize
         self.borrows = borrows
         self._tokens: WeakKeyDictionary[Cache, int] = WeakKeyDictionary()  # tokens of the last resize, batch included
@@ -55,7 +64,7 @@ class ContextRoom:
         self._least_slots = min(fast.num_slots, wanted)
         planned = (part.num_bytes for part in fast.fixed if part.name in GROWING)
         left_over = max(0, (fast.budget_bytes or 0) - fast.used_bytes)  # where every expert has a slot
-        self.planned_bytes = sum(planned) + left_over
+        self.planned_bytes = sum(planned) + left_over + placement.context * self._draft_token_bytes
 
     @property
     def num_slots_given_up(self) -> int:
@@ -172,7 +181,8 @@ class ContextRoom:
         return self._cache_bytes(self._in_steps(num_tokens)) + self._activations(num_tokens, num_new)
 
     def _cache_bytes(self, num_tokens: int) -> int:
-        return cache_bytes(self._shape, num_tokens, self._dtype, kept=self._placement.cache_dtype)
+        kept = cache_bytes(self._shape, num_tokens, self._dtype, kept=self._placement.cache_dtype)
+        return kept + num_tokens * self._draft_token_bytes
 
     def _activations(self, num_tokens: int, num_new: int) -> int:
         num_tokens, kept = self._in_steps(num_tokens), self._placement.cache_dtype

@@ -126,6 +126,11 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         ("texts.*.tokens_per_pass", "texts.*.gain", "texts.edit.num_right", "texts.*.us_per_token"),
     ),
     (
+        "hints.py",
+        "{trace} --tokens 30 --resident 0.15",
+        ("traces.*.*.none.misses", "traces.*.*.draft.recall", "traces.*.*.same token.reads", "traces.*.*.draft.alone"),
+    ),
+    (
         "kernel.py",
         "--trials 1 --threads 1 --shapes 128x1024 --tokens 1,2 --megabytes 1 --unpinned --peers",
         ("results.0.gb_per_s.median", "results.0.of_read.median", "results.0.error", "results.1.rows_gain.median"),
@@ -256,6 +261,11 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
             "replay_auto_worst_ratio.min",
             "replay.*.byte_bound",
         ),
+    ),
+    (
+        "speculation.py",
+        "{store} --threads 1 --trials 1 --tokens 16 --context 256 --rows 2 --replay-alone",
+        ("replay_share_of_bound.median", "replay.2.tokens_per_pass"),
     ),
     (
         "device_host_time.py",

@@ -30,6 +30,7 @@ class Forwards:
     """A room, the slots it leaves, and forwards that need no model."""
 
     shape = SHAPE
+    draft_token_bytes = 0
 
     def __init__(self, left_over: int = 0) -> None:
         """left_over: bytes of the budget that neither slots nor anything else is planned to use."""
@@ -40,7 +41,14 @@ class Forwards:
         self.slots = self.placement.fast.num_slots
         self.num_resizes = 0
         self.is_busy = False  # another thread has leased all slots
-        self.room = ContextRoom(self.shape, torch.float32, placement, self._resize, borrows=borrows)
+        self.room = ContextRoom(
+            self.shape,
+            torch.float32,
+            placement,
+            self._resize,
+            borrows=borrows,
+            draft_token_bytes=self.draft_token_bytes,
+        )
 
     def step(self, cache: DynamicCache, num_new: int) -> None:
         ids = torch.zeros(1, num_new, dtype=torch.long)
@@ -64,12 +72,14 @@ class Forwards:
         """num_new: of the forward that comes, whose activations count too."""
         kept = self.placement.cache_dtype
         held = sum(cache_bytes(self.shape, cache.get_seq_length(), torch.float32, kept=kept) for cache in caches)
+        held += sum(cache.get_seq_length() for cache in caches) * self.draft_token_bytes
         if num_new:
             length = caches[-1].get_seq_length()
             held += activation_bytes(self.shape, length, torch.float32, kept=kept, num_new=num_new)
         fast = self.placement.fast
         used = fast.fixed_bytes + self.slots * fast.slot_bytes
         planned = sum(part.num_bytes for part in fast.fixed if part.name in ("key/value cache", "activations"))
+        planned += self.placement.context * self.draft_token_bytes
         return used - planned + held <= fast.used_bytes
 
 
@@ -137,6 +147,38 @@ def test_conversations_share_the_room(forwards: Forwards) -> None:
         assert forwards.budget_is_kept(*caches[: caches.index(cache) + 1])
     assert forwards.slots < 18
     assert forwards.room.limit(20, 20) < Forwards().room.limit(20, 20)
+
+
+class Drafting(Forwards):
+    """Beside a draft model, whose caches are as large."""
+
+    draft_token_bytes = 384
+
+    def __init__(self) -> None:
+        plain = place_with(GIB).fast.bytes_with(18) + self._draft_bytes(CONTEXT)
+        machine = Machine(ram_bytes=plain)
+        drafted = task(SHAPE, machine, context=CONTEXT, dense_codec="bf16", draft_bytes=self._draft_bytes)
+        self._begin(look_ahead(drafted).placement, borrows=False)
+
+    def _draft_bytes(self, context: int) -> int:
+        return 100_000 + context * self.draft_token_bytes
+
+
+def test_the_drafts_caches_of_several_conversations_count() -> None:
+    plain, drafting = Forwards(), Drafting()
+    assert drafting.slots == plain.slots == 18
+    assert num_admitted(drafting) <= num_admitted(plain) - 3
+
+
+def num_admitted(forwards: Forwards) -> int:
+    """Conversations of 40 tokens that have room at once."""
+    caches = list[DynamicCache]()
+    with pytest.raises(BudgetError):
+        while True:
+            forwards.step(cache := DynamicCache(), 40)
+            caches.append(cache)
+            assert forwards.budget_is_kept(*caches)
+    return len(caches)
 
 
 def test_the_limit_is_the_longest_conversation_that_fits(forwards: Forwards) -> None:
