@@ -1,7 +1,6 @@
 """Programs of kernels compiled for a card, kept in the user's cache: a second load compiles nothing."""
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import offload_moe.native
 from offload_moe.card.nvrtc import Nvrtc
+from offload_moe.system.open_files import replace_file
 from offload_moe.system.paths import cache_dir
 
 KERNELS = Path(offload_moe.native.__file__).with_name("cuda")
@@ -78,7 +78,7 @@ def _write(path: Path, image: bytes) -> None:
     try:
         with open(handle, "wb") as file:
             file.write(hashlib.sha256(image).digest() + image)
-        os.replace(temporary, path)
+        replace_file(temporary, path)
     except OSError:
         Path(temporary).unlink(missing_ok=True)
         raise

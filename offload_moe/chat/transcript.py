@@ -8,6 +8,7 @@ from pathlib import Path
 
 from offload_moe.chat.chat_template import Message
 from offload_moe.errors import ConfigError
+from offload_moe.system.open_files import replace_file
 from offload_moe.system.texts import check_text, read_text
 
 FORMAT = "offload-moe chat 1"
@@ -30,7 +31,7 @@ def write_transcript(path: Path, *, system: str | None, messages: Sequence[Messa
                 json.dump(document, file, ensure_ascii=False, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            replace_file(temporary, path)
         except BaseException:
             os.unlink(temporary)
             raise

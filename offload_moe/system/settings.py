@@ -12,6 +12,7 @@ from typing import Any
 
 from offload_moe.errors import ConfigError
 from offload_moe.system.names import DEMO, choice
+from offload_moe.system.open_files import replace_file
 from offload_moe.system.paths import config_file, user_path
 from offload_moe.system.sizes import parse_port, parse_size, parse_tokens
 
@@ -157,6 +158,6 @@ def _replace(path: Path, text: str, expected: Mapping[str, str]) -> None:
             shutil.copymode(target, new)
         if _written(new) != expected:
             raise ConfigError(f"{path} has a form that cannot be changed here. Edit it with an editor.")
-        new.replace(target)
+        replace_file(new, target)
     finally:
         new.unlink(missing_ok=True)
