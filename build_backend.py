@@ -115,6 +115,8 @@ def _failure(compiler: list[str], flags: list[str] | None = None) -> str | None:
         source = Path(folder, "probe.c")
         source.write_text(_PROBE)
         for_sets = flags or (AVX512_VBMI_FLAGS if IS_X86 else [])
+        if is_zig(compiler):  # takes all of them, and builds the C library anew for each choice, which lasts
+            for_sets = ZIG_FLAGS
         always = [*compiler, "-std=c11", "-fPIC", "-shared"]
         command = [*always, *for_sets, str(source), "-o", str(Path(folder, "probe.so")), "-lm", "-lpthread"]
         run = subprocess.run(command, capture_output=True, text=True, errors="replace")

@@ -71,6 +71,8 @@ class BuildKernels(build_ext):
         self.compiler.link_shared_object(
             objects, target, libraries=LIBRARIES, extra_postargs=link_flags, build_temp=self.build_temp
         )
+        for unused in Path(target).parent.glob("*.lib"):  # Windows' linkers write what other libraries would link with
+            unused.unlink()
 
 
 class PlatformWheel(bdist_wheel):
