@@ -29,9 +29,8 @@ COMMON_FLAGS = [
     "-fno-trapping-math",
 ]
 # zig compiles for the machine it runs on, adds traps on undefined behaviour, and links functions of its own in place of
-# libm's, which have other bits.
+# libm's, which have other bits (ZIG_LINK_FLAGS).
 ZIG_FLAGS = ["-mcpu=baseline", "-fno-sanitize=undefined"]
-ZIG_LINK_FLAGS = ["-rtlib=none", "-s"]
 
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512cd", "-mavx512vnni"]
@@ -50,8 +49,10 @@ X86_FLAGS = {
     "vector_avx2.c": AVX2_FLAGS,
     "vector_avx512.c": AVX512_FLAGS,
 }
-# The processor that is compiled for: Python's variable _PYTHON_HOST_PLATFORM names another than this machine's.
+# What is compiled for: Python's variable _PYTHON_HOST_PLATFORM names another system and processor than this machine's.
+IS_WINDOWS = sysconfig.get_platform().startswith("win")
 TARGET = sysconfig.get_platform().rpartition("-")[2].lower()
+ZIG_LINK_FLAGS = ["-s"] if IS_WINDOWS else ["-rtlib=none", "-s"]  # Windows' own C library needs the functions
 IS_X86 = (platform.machine().lower() if TARGET == "universal2" else TARGET) in ("x86_64", "amd64")
 
 _PROBE = "#include <math.h>\n#include <pthread.h>\nfloat probe(float x) { return expf(x); }\n"
@@ -88,7 +89,9 @@ def choose_compiler() -> list[str]:
 def find_compiler() -> list[str] | None:
     """The first that works: CC alone where it is set, else what Python was built with, cc, gcc or clang."""
     named = os.environ.get("CC")
-    commands = [named] if named else [sysconfig.get_config_var("CC") or "cc", "cc", "gcc", "clang"]
+    # Windows: Microsoft's compiler has no POSIX threads, and gcc stores 32 bytes at addresses of 16 (its bug 54412).
+    usual = [] if IS_WINDOWS else [sysconfig.get_config_var("CC") or "cc", "cc", "gcc", "clang"]
+    commands = [named] if named else usual
     return next((words for command in commands if _failure(words := shlex.split(command)) is None), None)
 
 
@@ -112,6 +115,8 @@ def _failure(compiler: list[str], flags: list[str] | None = None) -> str | None:
         source = Path(folder, "probe.c")
         source.write_text(_PROBE)
         for_sets = flags or (AVX512_VBMI_FLAGS if IS_X86 else [])
+        if is_zig(compiler):  # takes all of them, and builds the C library anew for each choice, which lasts
+            for_sets = ZIG_FLAGS
         always = [*compiler, "-std=c11", "-fPIC", "-shared"]
         command = [*always, *for_sets, str(source), "-o", str(Path(folder, "probe.so")), "-lm", "-lpthread"]
         run = subprocess.run(command, capture_output=True, text=True, errors="replace")

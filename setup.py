@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from build_backend import (
     AVX_VNNI_FLAGS,
     COMMON_FLAGS,
+    IS_WINDOWS,
     IS_X86,
     X86_FLAGS,
     ZIG_FLAGS,
@@ -26,17 +27,16 @@ from build_backend import (
 )
 
 SOURCES = Path("offload_moe/native/csrc")
+LIBRARIES = ["pthread"] if IS_WINDOWS else ["m", "pthread", "dl"]
 
 
 class BuildKernels(build_ext):
     """Compiles each instruction set with its own flags; the library is loaded through ctypes and imports no Python."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return f"{os.path.join(*fullname.split('.'))}.so"
+        return f"{os.path.join(*fullname.split('.'))}{'.dll' if IS_WINDOWS else '.so'}"
 
     def run(self) -> None:
-        if sys.platform == "win32":
-            raise CCompilerError("the native library needs POSIX threads: on Windows, install in WSL2")
         try:
             self.command = choose_compiler()
         except RuntimeError as error:
@@ -69,8 +69,10 @@ class BuildKernels(build_ext):
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(
-            objects, target, libraries=["m", "pthread", "dl"], extra_postargs=link_flags, build_temp=self.build_temp
+            objects, target, libraries=LIBRARIES, extra_postargs=link_flags, build_temp=self.build_temp
         )
+        for unused in Path(target).parent.glob("*.lib"):  # Windows' linkers write what other libraries would link with
+            unused.unlink()
 
 
 class PlatformWheel(bdist_wheel):

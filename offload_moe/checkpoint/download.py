@@ -18,6 +18,7 @@ from offload_moe.checkpoint.hub import PARTIAL, HubFile, Repository, fetch, fetc
 from offload_moe.checkpoint.weight_files import choose_weights, require, safe_path
 from offload_moe.errors import BudgetError, CheckpointError, StoreError, TransferError
 from offload_moe.system.locks import try_lock
+from offload_moe.system.open_files import WRITING, open_descriptor, replace_file
 from offload_moe.system.paths import names_in
 from offload_moe.system.progress import Progress
 from offload_moe.system.sizes import format_size
@@ -98,7 +99,7 @@ class Download:
                 data = self._beginning(path)
                 partial = copy.with_name(copy.name + PARTIAL)
                 partial.write_bytes(data)
-                os.replace(partial, copy)
+                replace_file(partial, copy)
 
     def header_of(self, path: Path) -> HeaderCopy:
         """The header of a missing shard, for `read_header`."""
@@ -189,7 +190,7 @@ def _claim(folder: Path) -> int:
         raise StoreError(f"{folder} is there already and is no download of ours. Move it, or name another store.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / NOTE_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        lock = open_descriptor(folder / NOTE_NAME, WRITING)
     except OSError as error:
         raise TransferError(f"{folder} cannot be written: {error.strerror}.") from error
     if try_lock(lock) == "held elsewhere":

@@ -1,7 +1,6 @@
 """The tensors of GGUF files, read by plain positioned reads and dequantized by the `gguf` package."""
 
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from offload_moe.errors import CheckpointError, TransferError
+from offload_moe.native.files import read_at
 
 KEPT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Read in big-endian files. For other types the gguf package writes unswapped bytes, its gguf_convert_endian swaps
@@ -84,7 +84,7 @@ def read_bytes(path: Path, offset: int, target: Tensor, what: str) -> None:
     view, done = target.numpy().data, 0
     try:
         with path.open("rb", buffering=0) as file:
-            while done < len(view) and (count := os.preadv(file.fileno(), [view[done:]], offset + done)):
+            while done < len(view) and (count := read_at(file.fileno(), view[done:], offset + done)):
                 done += count
     except OSError as error:
         raise TransferError(f"{path}: reading {what} failed: {error.strerror}.") from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from offload_moe.errors import CheckpointError, TransferError
 from offload_moe.system.locks import NO_LOCKS
+from offload_moe.system.open_files import replace_file
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -154,7 +155,7 @@ def fetch(repository: Repository, name: str, target: Path, on_bytes: OnBytes) ->
     if present and file.sha256 is not None and _sha256(partial) != file.sha256:
         partial.unlink()
         raise CheckpointError(f"{target} was damaged while it was downloaded. Run the same command again.")
-    os.replace(partial, target)
+    replace_file(partial, target)
 
 
 def _reporting(on_bytes: OnBytes, present: int) -> "type[tqdm]":

@@ -4,7 +4,6 @@ Files are not mapped, because mapped pages count as resident memory, which must 
 """
 
 import math
-import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +14,7 @@ from torch import Tensor
 from offload_moe.checkpoint.header import HeaderCopy, TensorEntry, read_header
 from offload_moe.checkpoint.weight_files import WeightFiles, choose_weights, file_names, listing, require
 from offload_moe.errors import CheckpointError, TransferError
+from offload_moe.native.files import read_at
 from offload_moe.system.open_files import OpenFiles, open_descriptor
 
 
@@ -113,7 +113,7 @@ def _fill(descriptor: int, entry: TensorEntry, offset: int, num_bytes: int) -> T
     buffer = data.numpy().data
     done = 0
     while done < num_bytes:
-        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        count = read_at(descriptor, buffer[done:], offset + done)
         if count == 0:
             raise CheckpointError(
                 f"{entry.path} is truncated inside tensor {entry.name}: {offset + num_bytes} bytes needed."

@@ -24,6 +24,7 @@ from offload_moe.store.plan import Blob, header_of
 from offload_moe.store.reading import forget_cached
 from offload_moe.store.writer import Payload
 from offload_moe.system.names import looks_like_hub_id, split_gguf_name
+from offload_moe.system.open_files import WRITING, open_descriptor
 from offload_moe.system.paths import user_path
 from offload_moe.system.progress import Progress, silent
 
@@ -70,7 +71,7 @@ def restore_sizes(folder: Path) -> None:
         if not path.is_file() or path.stat().st_size != file.num_bytes:
             with durable.named_errors(folder):
                 path.parent.mkdir(exist_ok=True)
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+                descriptor = open_descriptor(path, WRITING)
                 try:
                     os.ftruncate(descriptor, file.num_bytes)
                 finally:
@@ -183,7 +184,7 @@ def _error_of(piece: Piece) -> StoreError | None:
 def _write(piece: Piece, data: bytes) -> None:
     """Write in place, since the overwritten bytes are damaged already."""
     with durable.named_errors(piece.path.parent):
-        descriptor = os.open(piece.path, os.O_RDWR)
+        descriptor = open_descriptor(piece.path, os.O_RDWR)
         try:
             durable.write_at(descriptor, data, piece.place.offset)
             durable.sync(descriptor)

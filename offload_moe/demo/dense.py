@@ -130,10 +130,10 @@ def read_safetensors(folder: Path) -> DenseModel:
     """
     from safetensors.torch import load_file
 
-    settings = json.loads((folder / CONFIG_NAME).read_text())
+    settings = json.loads((folder / CONFIG_NAME).read_text("utf-8"))
     if settings.get("model_type") != "llama":
         raise CheckpointError(f"{folder} holds a {settings.get('model_type')!r} model, not a Llama. Fetch it again.")
-    tokenizer_settings = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer_settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
     keys = _CONFIG_KEYS & settings.keys()
     config = {key: settings[key] for key in sorted(keys)}
     if "rope_parameters" not in config:
@@ -144,8 +144,8 @@ def read_safetensors(folder: Path) -> DenseModel:
     return DenseModel(
         config=config,
         tensors=tensors,
-        tokenizer=(folder / "tokenizer.json").read_text(),
-        chat_template=template.read_text() if template.exists() else tokenizer_settings["chat_template"],
+        tokenizer=(folder / "tokenizer.json").read_text("utf-8"),
+        chat_template=template.read_text("utf-8") if template.exists() else tokenizer_settings["chat_template"],
     )
 
 

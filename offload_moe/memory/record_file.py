@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from offload_moe.native.files import system_file
 from offload_moe.native.kernels import FileStruct
-from offload_moe.store.positioned import open_for_reading
+from offload_moe.system import windows
 from offload_moe.system.lifecycle import finalize
 from offload_moe.system.open_files import open_descriptor
 
@@ -26,7 +27,7 @@ class RecordFile:
     def __init__(self, path: Path, *, allow_direct: bool = True, uses_cached: bool = True) -> None:
         """uses_cached: whether pages that are in the page cache are copied from there."""
         self._path = path
-        self._cached = open_for_reading(path)
+        self._cached = open_descriptor(path)
         descriptors = [self._cached]
         self._close = finalize(self, _close_all, descriptors)  # also when it is dropped
         self._direct = _open_direct(path) if allow_direct else None
@@ -60,8 +61,8 @@ class RecordFile:
     def native(self) -> FileStruct:
         """The file for native threads; valid until `close`."""
         pages = 0 if self._pages is None else self._pages.ctypes.data
-        direct = -1 if self._direct is None else self._direct
-        return FileStruct(direct=direct, cached=self._cached, pages=pages, num_bytes=self.identity[2])
+        direct = -1 if self._direct is None else system_file(self._direct)
+        return FileStruct(direct=direct, cached=system_file(self._cached), pages=pages, num_bytes=self.identity[2])
 
     def close(self) -> None:
         self._close()
@@ -123,10 +124,10 @@ def _close_all(descriptors: list[int]) -> None:
 
 
 def _open_direct(path: Path) -> int | None:
-    if not hasattr(os, "O_DIRECT"):
+    if not (hasattr(os, "O_DIRECT") or windows.IS_WINDOWS):
         return None
     try:
-        return open_descriptor(path, os.O_RDONLY | os.O_DIRECT)
+        return open_descriptor(path, is_direct=True)
     except OSError:
         return None
 

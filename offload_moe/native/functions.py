@@ -52,6 +52,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "om_reads_close": (integer, pointer, float64),
     "om_reads_leave": (None, pointer),
     "om_reads_use_file": (integer, pointer, int32, pointer),
+    "om_read_file": (int64, int32, pointer, int64, int64),
     "om_reads_read_with": (None, pointer, pointer),
     "om_reads_submit": (integer, pointer, int64, int32, pointer, integer),
     "om_reads_demand": (None, pointer, int64),

@@ -1,6 +1,7 @@
 """The native library, which depends on neither torch nor Python. Its kernels: `offload_moe.native`."""
 
 import ctypes
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -36,4 +37,4 @@ def load_for_short_calls() -> ctypes.PyDLL:
 
 
 def _path() -> Path:
-    return Path(__file__).with_name("_native.so")
+    return Path(__file__).with_name("_native.dll" if sys.platform == "win32" else "_native.so")

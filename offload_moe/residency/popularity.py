@@ -20,7 +20,7 @@ FORMAT_VERSION = 1
 def read_popularity(store: Path, keys: ExpertKeys) -> dict[int, float]:
     """Uses by key; empty where the store has no file that fits its layers."""
     try:
-        document = json.loads((store / POPULARITY_NAME).read_text())
+        document = json.loads((store / POPULARITY_NAME).read_text("utf-8"))
         if document["format version"] != FORMAT_VERSION:
             return {}
         rows = document["uses"][: keys.num_layers]  # the last layer is there only in sessions that guess by it

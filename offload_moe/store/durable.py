@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from offload_moe.errors import BudgetError, TransferError
+from offload_moe.system import windows
+from offload_moe.system.open_files import WRITING, open_descriptor, replace_file
 
 PART = ".part"  # suffix of unfinished files
 ELSEWHERE = " Choose a folder that you can write; OFFLOAD_MOE_CACHE names another one for models."
@@ -35,14 +37,14 @@ def sync(descriptor: int) -> None:
 
 def publish(part: Path, final: Path) -> None:
     """Rename a finished and synced file to its final name."""
-    os.replace(part, final)
+    replace_file(part, final)
     _sync_folder(final.parent)
 
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a small file atomically."""
     part = path.with_name(path.name + PART)
-    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+    descriptor = open_descriptor(part, WRITING | os.O_TRUNC)
     try:
         write_at(descriptor, data, 0)
         sync(descriptor)
@@ -73,6 +75,8 @@ def named_errors(folder: Path) -> Iterator[None]:
 
 
 def _sync_folder(folder: Path) -> None:
+    if windows.IS_WINDOWS:
+        return  # folders cannot be opened there, nor need to be: NTFS keeps a journal of names
     directory = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(directory)

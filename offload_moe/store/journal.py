@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from offload_moe.errors import StoreError
+from offload_moe.native.files import read_bytes_at
 from offload_moe.store import durable
 from offload_moe.system.locks import no_locks, try_lock
+from offload_moe.system.open_files import open_descriptor
 from offload_moe.system.paths import MANIFEST_NAME
 
 JOURNAL_NAME = "conversion.journal"
@@ -31,10 +33,10 @@ class Journal:
         if not self._path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             durable.write_file(self._path, first_line)
-        self._file = os.open(self._path, os.O_RDWR)
+        self._file = open_descriptor(self._path, os.O_RDWR)
         try:
             self._lock()
-            content = os.pread(self._file, os.fstat(self._file).st_size, 0)
+            content = read_bytes_at(self._file, os.fstat(self._file).st_size, 0)
             if not content.startswith(first_line):
                 raise StoreError(_difference(folder, content, settings))
         except BaseException:
@@ -83,7 +85,7 @@ def _is_being_written(folder: Path) -> str:
 
 def _is_locked(path: Path) -> bool:
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = open_descriptor(path)
     except FileNotFoundError:
         return False
     try:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from offload_moe.errors import StoreCorrupt, StoreError
+from offload_moe.native.files import read_at
 from offload_moe.native.kernels import crc32
 from offload_moe.store.manifest import Place
-from offload_moe.store.positioned import open_for_reading, read_at
+from offload_moe.system.open_files import open_descriptor
 
 CHUNK_BYTES = 1 << 24
 TOUCH_BYTES = 1 << 22
@@ -46,7 +47,7 @@ def touch(places: Iterable[tuple[Path, Place]]) -> None:
     scratch = memoryview(bytearray(TOUCH_BYTES))
     for path, place in places:
         with suppress(OSError):
-            descriptor = open_for_reading(path)
+            descriptor = open_descriptor(path)
             try:
                 for start in range(0, place.num_bytes, TOUCH_BYTES):
                     read_at(descriptor, scratch[: place.num_bytes - start], place.offset + start)
@@ -58,7 +59,7 @@ def _read(path: Path, place: Place, what: str, target: memoryview | None) -> Non
     scratch = memoryview(bytearray(min(CHUNK_BYTES, place.num_bytes))) if target is None else target
     done = checksum = 0
     try:
-        descriptor = open_for_reading(path)
+        descriptor = open_descriptor(path)
         try:
             while done < place.num_bytes:
                 wanted = min(CHUNK_BYTES, place.num_bytes - done)

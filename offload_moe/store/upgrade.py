@@ -23,6 +23,7 @@ from offload_moe.store.manifest_json import manifest_to_json
 from offload_moe.store.reading import read_checked
 from offload_moe.store.store import Piece, Store
 from offload_moe.system.locks import lock_file, no_locks
+from offload_moe.system.open_files import WRITING, open_descriptor
 from offload_moe.system.paths import MANIFEST_NAME
 from offload_moe.system.progress import Progress, log_notice, silent
 from offload_moe.system.sizes import format_size
@@ -108,7 +109,7 @@ def _rewrite(store: Store, file: DataFile) -> Iterator[int]:
     final = store.path / _other_name(file.name)
     part = final.with_name(final.name + durable.PART)
     mode = stat.S_IMODE((store.path / file.name).stat().st_mode)
-    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, mode)
+    descriptor = open_descriptor(part, WRITING | os.O_TRUNC, mode)
     checksums: dict[Place, int] = {}
     try:
         for piece in _pieces(store, file):

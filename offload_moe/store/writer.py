@@ -12,11 +12,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from offload_moe.errors import BudgetError
+from offload_moe.native.files import read_bytes_at
 from offload_moe.native.kernels import crc32
 from offload_moe.store import durable
 from offload_moe.store.journal import Journal
 from offload_moe.store.manifest import DataFile, Place, StoredFile
 from offload_moe.store.plan import PlannedFile
+from offload_moe.system.open_files import WRITING, open_descriptor
 from offload_moe.system.paths import MANIFEST_NAME
 from offload_moe.system.sizes import format_size
 
@@ -92,7 +94,7 @@ class StoreWriter:
     def _write_file(self, file: PlannedFile, skip: int, payloads: Iterator[Payload]) -> Iterator[int]:
         part = self._part(file)
         with durable.named_errors(self._folder):
-            descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = open_descriptor(part, WRITING)
         try:
             offset = file.offsets()[skip] if skip else 0
             with durable.named_errors(self._folder):
@@ -144,7 +146,7 @@ class StoreWriter:
             done += intact
             if intact < len(file.blobs):
                 break
-            descriptor = os.open(self._part(file), os.O_RDWR)
+            descriptor = open_descriptor(self._part(file), os.O_RDWR)
             try:
                 os.ftruncate(descriptor, file.num_bytes)
                 self._complete(file, descriptor)
@@ -168,7 +170,7 @@ class StoreWriter:
     def _check_space(self) -> None:
         """Check that the rest of the store fits on the disk. Raises: BudgetError."""
         paths = [path for file in self._files for path in (self._folder / file.name, self._part(file))]
-        present = sum(path.stat().st_blocks * 512 for path in paths if path.exists())
+        present = sum(_bytes_on_disk(path) for path in paths if path.exists())
         needed = sum(file.num_bytes for file in self._files) - present
         free = shutil.disk_usage(self._folder).free
         if needed > free:
@@ -191,9 +193,15 @@ def describe_metadata(metadata: dict[str, bytes]) -> tuple[StoredFile, ...]:
     return tuple(StoredFile(name=n, num_bytes=len(data), checksum=crc32(data)) for n, data in metadata.items())
 
 
+def _bytes_on_disk(path: Path) -> int:
+    """Of a file; less than its size where it has holes and the system reports them."""
+    status = path.stat()
+    return status.st_blocks * 512 if hasattr(status, "st_blocks") else status.st_size
+
+
 def _checksum(descriptor: int, offset: int, num_bytes: int) -> int:
     checksum, end = 0, offset + num_bytes
-    while offset < end and (chunk := os.pread(descriptor, min(READ_BYTES, end - offset), offset)):
+    while offset < end and (chunk := read_bytes_at(descriptor, min(READ_BYTES, end - offset), offset)):
         checksum = crc32(chunk, checksum)
         offset += len(chunk)
     return checksum if offset == end else -1

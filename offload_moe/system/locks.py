@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from offload_moe.system import windows
+from offload_moe.system.open_files import WRITING, open_descriptor
+
 HELD_ERRORS = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # errors with no other meaning here
 POLL_S = 0.1
@@ -21,13 +24,13 @@ State = Literal["locked", "held elsewhere", "unavailable"]
 def try_lock(descriptor: int, *, is_shared: bool = False) -> State:
     """Try to lock an open file until it is closed, without waiting."""
     try:
+        if windows.IS_WINDOWS:
+            return "locked" if windows.try_lock(descriptor, is_shared=is_shared) else "held elsewhere"
         import fcntl
-    except ImportError:  # Windows
-        return "unavailable"
-    try:
+
         fcntl.flock(descriptor, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
-        return "held elsewhere" if error.errno in HELD_ERRORS else "unavailable"
+        return "held elsewhere" if error.errno in HELD_ERRORS and not windows.IS_WINDOWS else "unavailable"
     return "locked"
 
 
@@ -42,7 +45,7 @@ def lock_file(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator
 
     on_wait: called once if another process holds the lock, which is then waited for.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = open_descriptor(path, WRITING)
     try:
         state = try_lock(descriptor)
         if state == "held elsewhere" and on_wait is not None:

@@ -3,27 +3,35 @@
 import errno
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from offload_moe.system import windows
+
 WANTED = 4096
-READING = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+IN_THE_WAY_S, RETRY_S = 3.0, 0.05
+IN_USE = "another process has the file open: end it, then run the same command again"
+WRITING = os.O_RDWR | os.O_CREAT
 
 
-def open_descriptor(path: Path, flags: int = READING) -> int:
-    """`os.open`, which raises the limit of open files, if permitted, when the limit is reached.
+def open_descriptor(path: Path, flags: int = os.O_RDONLY, mode: int = 0o644, *, is_direct: bool = False) -> int:
+    """`os.open` in binary mode, which raises the limit of open files, if permitted, when the limit is reached.
+
+    On Windows others may replace or delete the file, and one that is only read is for `native.files.read_at`.
+    is_direct: reads go around the page cache, in whole pages.
 
     Raises: OSError; for too many open files, with a remedy.
     """
     try:
-        return os.open(path, flags)
+        return _open(path, flags, mode, is_direct)
     except OSError as error:
         if error.errno not in (errno.EMFILE, errno.ENFILE):
             raise
         if raise_limit():
-            return os.open(path, flags)
+            return _open(path, flags, mode, is_direct)
         raise OSError(error.errno, _advice(), str(path)) from error
 
 
@@ -75,6 +83,25 @@ class OpenFiles:
         os.close(descriptor)
 
 
+def replace_file(part: Path | str, final: Path) -> None:
+    """`os.replace`. On Windows a file that is open, such as in a virus scanner, is in the way for a moment, or longer.
+
+    Raises: OSError, there with the remedy.
+    """
+    deadline = time.monotonic() + IN_THE_WAY_S
+    while True:
+        try:
+            os.replace(part, final)
+        except PermissionError as error:
+            if not windows.IS_WINDOWS:
+                raise
+            if time.monotonic() > deadline:
+                raise OSError(errno.EBUSY, IN_USE, str(final)) from error
+            time.sleep(RETRY_S)
+        else:
+            return
+
+
 def raise_limit() -> bool:
     """Whether more files may be open now."""
     try:
@@ -90,6 +117,14 @@ def raise_limit() -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def _open(path: Path, flags: int, mode: int, is_direct: bool) -> int:
+    if windows.IS_WINDOWS:
+        return windows.open_file(path, flags, is_direct=is_direct)
+    if is_direct:
+        flags |= os.O_DIRECT
+    return os.open(path, flags, mode)
 
 
 def _advice() -> str:

@@ -4,6 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
+from offload_moe.system.open_files import replace_file
+
 
 def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write a file whole or not at all: on a full disk an old one stays. A link stays one, and a mode what it is.
@@ -33,7 +35,7 @@ def _replace(target: Path, data: bytes, mode: int) -> None:
             os.fsync(file.fileno())
         if not is_new:
             shutil.copymode(target, new)
-        os.replace(new, target)
+        replace_file(new, target)
     except BaseException:
         new.unlink(missing_ok=True)
         raise

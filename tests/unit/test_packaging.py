@@ -37,7 +37,7 @@ def test_every_package_is_in_the_wheel() -> None:
 
 def test_every_data_file_is_in_the_wheel() -> None:
     for path in (ROOT / "offload_moe").rglob("*"):
-        if path.is_file() and path.suffix not in (".py", ".pyc", ".so") and path.parent.name != "csrc":
+        if path.is_file() and path.suffix not in (".py", ".pyc", ".so", ".dll") and path.parent.name != "csrc":
             folder = next(folder for folder in path.parents if (folder / "__init__.py").exists())
             patterns = SETUPTOOLS["package-data"].get(".".join(folder.relative_to(ROOT).parts), [])
             assert any(path.match(pattern) for pattern in patterns), f"{path.relative_to(ROOT)} is left out"
@@ -121,13 +121,31 @@ def test_cc_names_the_compiler_and_no_other_is_used(
 
 @pytest.mark.parametrize(
     ("platform", "is_x86"),
-    [("linux-x86_64", True), ("linux-aarch64", False), ("macosx-11.0-arm64", False), ("macosx-10.15-x86_64", True)],
+    [
+        *[
+            ("linux-x86_64", True),
+            ("linux-aarch64", False),
+            ("macosx-11.0-arm64", False),
+            ("macosx-10.15-x86_64", True),
+        ],
+        ("win-amd64", True),
+    ],
 )
 def test_flags_follow_the_target_not_this_machine(
     backend: ModuleType, monkeypatch: pytest.MonkeyPatch, platform: str, is_x86: bool
 ) -> None:
     monkeypatch.setenv("_PYTHON_HOST_PLATFORM", platform)
-    assert runpy.run_path(str(ROOT / "build_backend.py"))["IS_X86"] is is_x86
+    chosen = runpy.run_path(str(ROOT / "build_backend.py"))
+    assert chosen["IS_X86"] is is_x86
+    assert chosen["IS_WINDOWS"] is (platform == "win-amd64")
+
+
+def test_on_windows_only_zig_compiles(backend: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Microsoft's compiler has no POSIX threads, and gcc's code for AVX crashes there."""
+    only_on_path(monkeypatch, tmp_path)
+    executable(tmp_path, "gcc", "exit 0")
+    monkeypatch.setattr(backend, "IS_WINDOWS", True)
+    assert backend.get_requires_for_build_wheel() == ["wheel", backend.COMPILER_PACKAGE]
 
 
 def set_up(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], Distribution]:

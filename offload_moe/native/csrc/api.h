@@ -356,6 +356,7 @@
     FUNCTION(int, om_reads_close, (om_reads *reads, double limit_s)) \
     FUNCTION(void, om_reads_leave, (om_reads *reads)) \
     FUNCTION(int, om_reads_use_file, (om_reads *reads, int32_t number, const om_file *file)) \
+    FUNCTION(int64_t, om_read_file, (int32_t file, uint8_t *to, int64_t num_bytes, int64_t offset)) \
     FUNCTION(void, om_reads_read_with, (om_reads *reads, om_read_at *read_at)) \
     FUNCTION(int, om_reads_submit, (om_reads *reads, int64_t key, int32_t slot, uint8_t *record, int is_prefetch)) \
     FUNCTION(void, om_reads_demand, (om_reads *reads, int64_t key)) \

@@ -1,14 +1,10 @@
 /* Loads NVIDIA's driver, or a library with its functions, and says what kept it from working. */
 #include "card_driver.h"
+#include "platform.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef _WIN32
-#include <windows.h>
-#else
-#include <dlfcn.h>
-#endif
 
 static const char *const NAMES[] = {
 #ifdef _WIN32
@@ -19,29 +15,13 @@ static const char *const NAMES[] = {
 };
 enum { OLDEST_MAJOR = 12 }; /* its drivers have all functions of the table */
 
-static void *load(const char *name) {
-#ifdef _WIN32
-    return (void *)LoadLibraryA(name);
-#else
-    return dlopen(name, RTLD_NOW | RTLD_LOCAL);
-#endif
-}
-
-static void *symbol(void *library, const char *name) {
-#ifdef _WIN32
-    return (void *)GetProcAddress((HMODULE)library, name);
-#else
-    return dlsym(library, name);
-#endif
-}
-
 static void *load_first(const char *path, const char **name) {
     if (path != NULL) {
         *name = path;
-        return load(path);
+        return om_load_library(path);
     }
     void *library = NULL;
-    for (size_t n = 0; library == NULL && n < sizeof NAMES / sizeof *NAMES; n++) library = load(*name = NAMES[n]);
+    for (size_t n = 0; library == NULL && n < sizeof NAMES / sizeof *NAMES; n++) library = om_load_library(*name = NAMES[n]);
     if (library == NULL) *name = NAMES[0];
     return library;
 }
@@ -50,12 +30,12 @@ static void *load_first(const char *path, const char **name) {
 static const char *fill(om_driver *driver, void *library) {
     void *found;
 #define FILL(name, version, parameters) \
-    found = symbol(library, #name #version); \
+    found = om_library_symbol(library, #name #version); \
     if (found == NULL) return #name #version; \
     memcpy(&driver->name, &found, sizeof found);
     OM_DRIVER_FUNCTIONS(FILL)
 #undef FILL
-    found = symbol(library, "omHostAccess");
+    found = om_library_symbol(library, "omHostAccess");
     memcpy(&driver->host_access, &found, sizeof found);
     return NULL;
 }

@@ -10,7 +10,11 @@
 #include <stdint.h>
 
 #if defined(__GNUC__)
+#ifdef _WIN32
+#define OM_EXPORT __declspec(dllexport)
+#else
 #define OM_EXPORT __attribute__((visibility("default")))
+#endif
 #define OM_INLINE static inline __attribute__((always_inline))
 #define OM_APART __attribute__((noinline)) /* keeps its operations between what surrounds the call */
 #define OM_PREFETCH(address) __builtin_prefetch((const void *)(address), 0, 3)

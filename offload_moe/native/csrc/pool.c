@@ -5,6 +5,7 @@
 #define _GNU_SOURCE
 #include "float_mode.h"
 #include "om_kernels.h"
+#include "platform.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -169,7 +170,7 @@ static void after_fork_in_child(void) {
     atomic_store(&pool.members, 0);
 }
 
-__attribute__((constructor)) static void register_fork_handler(void) { pthread_atfork(NULL, NULL, after_fork_in_child); }
+__attribute__((constructor)) static void register_fork_handler(void) { om_after_fork(after_fork_in_child); }
 
 void om_pool_begin(void) {
     pthread_mutex_lock(&pool.job_mutex);
@@ -205,9 +206,9 @@ void om_pool_run(om_unit_fn unit, void *context, int64_t num_units) {
 
 uint8_t *om_arena_reserve(size_t num_bytes) {
     if (num_bytes > pool.arena_bytes) {
-        free(pool.arena);
-        pool.arena_bytes = (num_bytes + 4095) / 4096 * 4096;
-        pool.arena = aligned_alloc(4096, pool.arena_bytes);
+        om_free_pages(pool.arena);
+        pool.arena_bytes = (num_bytes + OM_PAGE - 1) / OM_PAGE * OM_PAGE;
+        pool.arena = om_allocate_pages(pool.arena_bytes);
         if (pool.arena == NULL) pool.arena_bytes = 0;
     }
     return pool.arena;

@@ -1,0 +1,115 @@
+"""Windows' own calls for files: opened so that others may rename or delete them, read around the cache, locked.
+
+A file that `os.open` opened cannot be deleted meanwhile, and its locks keep others from reading the locked part.
+"""
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+IS_WINDOWS = sys.platform == "win32"
+
+GENERIC_READ, GENERIC_WRITE = 0x80000000, 0x40000000
+SHARE_READ_WRITE_DELETE = 7
+CREATE_NEW, CREATE_ALWAYS, OPEN_EXISTING, OPEN_ALWAYS, TRUNCATE_EXISTING = 1, 2, 3, 4, 5
+NORMAL, NO_BUFFERING, OVERLAPPED = 0x80, 0x20000000, 0x40000000
+INVALID_HANDLE = ctypes.c_void_p(-1).value
+LOCK_AT_ONCE, LOCK_EXCLUSIVE = 1, 2
+LOCKED_OFFSET = 1 << 30  # times 4 GiB: a lock keeps others from reading what it covers, so it lies behind every file
+LOCK_VIOLATION = 33
+MOST_LETTERS = 248  # of a path, unless it is written in the extended form
+
+
+class _Overlapped(ctypes.Structure):
+    """`OVERLAPPED`."""
+
+    _fields_ = (
+        ("internal", ctypes.c_void_p),
+        ("internal_high", ctypes.c_void_p),
+        ("offset", ctypes.c_uint32),
+        ("offset_high", ctypes.c_uint32),
+        ("event", ctypes.c_void_p),
+    )
+
+
+def open_file(path: Path | str, flags: int, *, is_direct: bool = False) -> int:
+    """As `os.open` in binary mode; a descriptor. Others may replace or delete the file meanwhile.
+
+    Files that are only read are for `native.files.read_at`: several threads may read at once, but not by `os.read`.
+    is_direct: reads go around the cache, in whole pages.
+
+    Raises: OSError.
+    """
+    import msvcrt
+
+    is_written = bool(flags & (os.O_RDWR | os.O_WRONLY))
+    attributes = NORMAL if is_written else NORMAL | OVERLAPPED | (NO_BUFFERING if is_direct else 0)
+    access = GENERIC_READ | GENERIC_WRITE if is_written else GENERIC_READ
+    name = extended(os.path.abspath(path))
+    handle = _kernel().CreateFileW(name, access, SHARE_READ_WRITE_DELETE, None, _disposition(flags), attributes, None)
+    if handle == INVALID_HANDLE:
+        raise _error(str(path))
+    no_inherit: int = getattr(os, "O_NOINHERIT", 0)
+    descriptor: int = msvcrt.open_osfhandle(handle, flags & os.O_APPEND | no_inherit)  # type: ignore[attr-defined]
+    return descriptor
+
+
+def handle_of(descriptor: int) -> int:
+    """The system's handle of an open file, of which 32 bits count."""
+    import msvcrt
+
+    handle: int = msvcrt.get_osfhandle(descriptor)  # type: ignore[attr-defined]
+    return handle
+
+
+def try_lock(descriptor: int, *, is_shared: bool) -> bool:
+    """Lock an open file until it is closed. Returns whether no other process has locked it. Raises: OSError."""
+    place = _Overlapped(offset_high=LOCKED_OFFSET)
+    flags = LOCK_AT_ONCE | (0 if is_shared else LOCK_EXCLUSIVE)
+    if _kernel().LockFileEx(handle_of(descriptor), flags, 0, 1, 0, ctypes.byref(place)):
+        return True
+    error = _error(None)
+    if getattr(error, "winerror", 0) == LOCK_VIOLATION:
+        return False
+    raise error
+
+
+def extended(path: str) -> str:
+    """An absolute path, in the form that may have more than 260 letters where it needs it."""
+    if len(path) < MOST_LETTERS or path.startswith("\\\\?\\"):
+        return path
+    return "\\\\?\\UNC\\" + path[2:] if path.startswith("\\\\") else "\\\\?\\" + path
+
+
+def _disposition(flags: int) -> int:
+    match bool(flags & os.O_CREAT), bool(flags & os.O_TRUNC):
+        case True, _ if flags & os.O_EXCL:
+            return CREATE_NEW
+        case True, True:
+            return CREATE_ALWAYS
+        case True, False:
+            return OPEN_ALWAYS
+        case False, True:
+            return TRUNCATE_EXISTING
+        case _:
+            return OPEN_EXISTING
+
+
+def _kernel() -> Any:
+    library = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined]
+    library.CreateFileW.restype = ctypes.c_void_p
+    library.CreateFileW.argtypes = (
+        *(ctypes.c_wchar_p, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p),
+        *(ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p),
+    )
+    library.LockFileEx.argtypes = (ctypes.c_void_p, *[ctypes.c_uint32] * 4, ctypes.c_void_p)
+    return library
+
+
+def _error(path: str | None) -> OSError:
+    """The last error of the system, with Python's number of it."""
+    code: int = ctypes.get_last_error()  # type: ignore[attr-defined]
+    words: str = ctypes.FormatError(code)  # type: ignore[attr-defined]
+    return OSError(0, words.strip(), path, code)
