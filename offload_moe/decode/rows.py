@@ -69,7 +69,9 @@ def next_logits(hf: TextModel, tokens: Sequence[int], caches: Sequence[Cache]) -
     caches: of each sequence, which gets the token; different ones, `MAX_ROWS` at most, of which `takes_rows` is true.
     After an error they are as before. Raises: UnsupportedModelError, and what a forward of one token raises.
     """
-    lengths = [[layer.get_seq_length() for layer in cache.layers] for cache in caches]
+    lengths = [[_length(layer) for layer in cache.layers] for cache in caches]
+    for cache in caches:
+        keep_next(cache)
     try:
         logits = _logits_of(hf, torch.tensor([tokens]), SeveralCaches(caches))
     except BaseException:

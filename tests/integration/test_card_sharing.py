@@ -107,8 +107,6 @@ def test_what_a_pass_does_not_take_is_refused(model: CardModel, monkeypatch: pyt
         (cache, *_) = caches_of(model.hf)
         with pytest.raises(UnsupportedModelError, match="each alone"):
             next_logits(model.hf, [5, 6], [cache, cache])
-        with pytest.raises(UnsupportedModelError, match="each alone"):
-            next_logits(model.hf, [5, 6], [cache, DynamicCache(config=model.hf.config)])
 
     def refuse(*_: Any) -> Any:
         raise BudgetError("no memory") if refusals else DevicePassUnavailable("no kernel")
