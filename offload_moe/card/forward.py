@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from offload_moe.card.model import DecoderParts
 from offload_moe.card.passes import CardPass
-from offload_moe.decode.forward import Seam
+from offload_moe.decode.forward import Seam, SeveralCaches
 from offload_moe.decode.hooks import Bypass
 from offload_moe.decode.next_token import Draw, TokenPass, Wanted
+from offload_moe.errors import UnsupportedModelError
+from offload_moe.native.constants import MAX_ROWS
 
 
 class CardPlan:
@@ -47,6 +49,9 @@ class CardForward(Seam):
         self._thread = _Thread()
 
     def __call__(self, *args: Any, wanted: Wanted | None = None, **kwargs: Any) -> Any:
+        several = kwargs.get("past_key_values")
+        if isinstance(several, SeveralCaches):
+            return self._pass_several(kwargs["input_ids"], several, wanted)
         self._thread.wanted = wanted
         output = None if args else self._pass(**kwargs)
         if output is None:
@@ -54,9 +59,22 @@ class CardForward(Seam):
             output = self._modules_forward(*args, **kwargs)
         return output
 
+    def _pass_several(self, input_ids: Tensor, several: SeveralCaches, wanted: Wanted | None) -> Any:
+        """The next token of each of several sequences."""
+        plan, caches, ids = self.plan, several.caches, input_ids[0].tolist()
+        are_apart = len({id(cache) for cache in caches}) == len(caches) == len(ids) <= MAX_ROWS
+        is_usual = are_apart and self._is_usual({}) and plan.bypass.is_clear
+        if not is_usual or not all(plan.fits(cache) for cache in caches):
+            raise UnsupportedModelError("These sequences cannot be computed in one pass. Compute each alone.")
+        places = [cache.get_seq_length() for cache in caches]
+        return self._output(plan.card.run(ids, places, caches, wanted), several, wanted)
+
     def takes(self, cache: Any, num_tokens: int) -> bool:
         """As of every seam. Makes the graphs for so many rows at their first use, before anything is timed."""
-        return super().takes(cache, num_tokens) and self.plan.card.has_graphs(num_tokens)
+        return super().takes(cache, num_tokens) and self.has_graphs(num_tokens)
+
+    def has_graphs(self, num_rows: int) -> bool:
+        return self.plan.card.has_graphs(num_rows)
 
     def _compute(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, positions: Tensor, cache: Any) -> Any:
         if input_ids is None or positions.dim() != 2:
@@ -65,7 +83,11 @@ class CardForward(Seam):
         if places != list(range(places[0], places[0] + len(places))):
             return None
         wanted = self._thread.wanted
-        hidden = self.plan.card.run(input_ids[0].tolist(), places, [cache] * len(places), wanted)
+        return self._output(
+            self.plan.card.run(input_ids[0].tolist(), places, [cache] * len(places), wanted), cache, wanted
+        )
+
+    def _output(self, hidden: Tensor, cache: Any, wanted: Wanted | None) -> Any:
         if wanted is None:
             hidden = hidden.to(next(self.plan.wiring.norm.parameters()).dtype, copy=True)
         return self.plan.wiring.make_output(hidden[None], cache)

@@ -8,6 +8,7 @@ import ctypes
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -121,7 +122,7 @@ class CardPass:
             is_stepwise = self.mode.choose()
             began_s = time.perf_counter()
             try:
-                self._begin(steps, ids, positions, wanted, is_stepwise=is_stepwise)
+                self._begin(steps, ids, positions, caches, wanted, is_stepwise=is_stepwise)
                 self.queued_s += time.thread_time() - called_s
                 if not are_extended:
                     self.rooms.extend(caches)
@@ -253,13 +254,16 @@ class CardPass:
         steps: CardSteps,
         ids: Sequence[int],
         positions: Sequence[int],
+        caches: Sequence[Any],
         wanted: Wanted | None,
         *,
         is_stepwise: bool,
     ) -> None:
         draw = None if wanted is None else wanted.draw
         gives = GIVES_HIDDEN if wanted is None else GIVES_LOGITS if draw is None else GIVES_TOKENS
-        self._state.begin(ids, positions, draw, is_stepwise=is_stepwise)
+        counts = Counter(map(id, caches))
+        num_rows = [counts[id(cache)] for cache in caches]
+        self._state.begin(ids, positions, num_rows, draw, is_stepwise=is_stepwise)
         self._account.begin(self._library.om_card_number(self._handle))
         code = self._library.om_card_begin(
             self._handle, steps.address, len(ids), self.tables.edits.take(), int(is_stepwise), gives

@@ -13,15 +13,23 @@ class CardState:
     def __init__(self, edits: Edits) -> None:
         self._edits = edits
         self._known: dict[tuple[str, int], int] = {}  # by kind of edit and row
-        self._num_rows = 0
+        self._num_rows: Sequence[int] = ()
 
-    def begin(self, ids: Sequence[int], positions: Sequence[int], draw: Draw | None, *, is_stepwise: bool) -> None:
-        """Edits for a pass of these rows."""
-        self._num_rows = len(ids)
-        self._set("ROWS", self._num_rows)
+    def begin(
+        self,
+        ids: Sequence[int],
+        positions: Sequence[int],
+        num_rows: Sequence[int],
+        draw: Draw | None,
+        *,
+        is_stepwise: bool,
+    ) -> None:
+        """Edits for a pass of these rows. num_rows: of the sequence of each."""
+        self._num_rows = num_rows
+        self._set("ROWS", len(ids))
         self._set("MODE", int(is_stepwise))
         for row, (token, position) in enumerate(zip(ids, positions, strict=True)):
-            self._set("ADVANCE", self._num_rows, row)
+            self._set("ADVANCE", num_rows[row], row)
             self._set("TOKEN", token, row)
             self._set_place(position, draw, row)
 
@@ -31,8 +39,8 @@ class CardState:
 
     def passed(self, chosen: Sequence[int] = ()) -> None:
         """The pass has ended, and chose these tokens, if any."""
-        for row in range(self._num_rows):
-            self._known["POSITION", row] += self._num_rows
+        for row, num_rows in enumerate(self._num_rows):
+            self._known["POSITION", row] += num_rows
         self.chosen(chosen)
 
     def chosen(self, tokens: Sequence[int]) -> None:

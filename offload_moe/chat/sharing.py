@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from offload_moe.decode import next_logits, takes_rows
+from offload_moe.decode import next_logits, takes_rows, takes_several
 from offload_moe.errors import OffloadMoeError
 from offload_moe.families.text_model import TextModel
 from offload_moe.residency.counters import Counters
@@ -158,6 +158,8 @@ class Sharing:
         number = self.governor.choose(1 + len(ready))
         rate = self.governor.rate(number)
         if number == 1 or row.rate() > rate or not speculation_of(hf).may_share or not takes_rows(hf, row.cache, 1):
+            return []
+        if not takes_several(hf, number):
             return []
         fitting = (member for member, its in ready.items() if its.rate() <= rate and takes_rows(hf, its.cache, 1))
         return [member for _, member in zip(range(number - 1), fitting, strict=False)]

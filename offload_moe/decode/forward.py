@@ -76,6 +76,10 @@ class Seam:
         plan = self.plan
         return num_tokens <= MAX_ROWS and self._is_usual({}) and plan.fits(cache, num_tokens) and plan.bypass.is_clear
 
+    def has_graphs(self, num_rows: int) -> bool:
+        """Whether a pass may have so many rows; on a card, graphs for them are made at the first use."""
+        return num_rows <= MAX_ROWS
+
     def _pass(
         self,
         input_ids: Tensor | None = None,

@@ -12,7 +12,8 @@ from transformers import Cache
 
 from offload_moe.decode.cache import GOING_BACK, returning_layers
 from offload_moe.decode.dense import QuantLinear
-from offload_moe.decode.forward import DecoderForward, Seam, SeveralCaches
+from offload_moe.decode.forward import Seam, SeveralCaches
+from offload_moe.decode.next_token import Wanted, token_pass_of
 from offload_moe.decode.rotation import rotation_keeper
 from offload_moe.decode.states import StatesLayer
 from offload_moe.families.text_model import TextModel
@@ -41,9 +42,10 @@ def takes_rows(hf: TextModel, cache: Any, num_tokens: int) -> bool:
     return forward.takes(cache, num_tokens)
 
 
-def takes_several(hf: TextModel) -> bool:
-    """Whether a pass may have rows of several sequences; not on a card."""
-    return isinstance(_forward_of(hf), DecoderForward)
+def takes_several(hf: TextModel, num_rows: int) -> bool:
+    """Whether one pass may have the next tokens of so many sequences; where `why_no_rows` is empty."""
+    forward = _forward_of(hf)
+    return forward is not None and forward.has_graphs(num_rows)
 
 
 def keep_next(cache: Cache) -> None:
@@ -64,21 +66,30 @@ def roll_back(cache: Cache, num_tokens: int) -> None:
 def next_logits(hf: TextModel, tokens: Sequence[int], caches: Sequence[Cache]) -> Tensor:
     """One pass for the next token of each of several sequences: the logits ``[T, V]`` behind them.
 
-    caches: of each sequence, which gets the token; different ones, `MAX_ROWS` at most, of which `takes_rows` is true,
-    where `takes_several`. After an error they are as before. Raises: UnsupportedModelError, and what a forward of one
-    token raises.
+    caches: of each sequence, which gets the token; different ones, `MAX_ROWS` at most, of which `takes_rows` is true.
+    After an error they are as before. Raises: UnsupportedModelError, and what a forward of one token raises.
     """
     lengths = [[_length(layer) for layer in cache.layers] for cache in caches]
     for cache in caches:
         keep_next(cache)
-    several: Any = SeveralCaches(caches)
     try:
-        logits: Tensor = hf(torch.tensor([tokens]), past_key_values=several, use_cache=True, return_dict=True).logits
+        logits = _logits_of(hf, torch.tensor([tokens]), SeveralCaches(caches))
     except BaseException:
         for cache, before in zip(caches, lengths, strict=True):
             _shorten(cache, before)
         raise
     return logits[0]
+
+
+def _logits_of(hf: Any, ids: Tensor, several: Any) -> Tensor:
+    """``[1, T, V]``, by the pass itself where it has the output head."""
+    token_pass, wanted = token_pass_of(hf), Wanted()
+    if token_pass is not None and token_pass.is_clear:
+        hf.get_decoder()(input_ids=ids, past_key_values=several, wanted=wanted)
+        assert wanted.logits is not None
+        return wanted.logits[None]
+    logits: Tensor = hf(ids, past_key_values=several, use_cache=True, return_dict=True).logits
+    return logits
 
 
 def _shorten(cache: Cache, lengths: Sequence[int]) -> None:

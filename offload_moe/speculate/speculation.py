@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from torch import nn
 
-from offload_moe.decode import takes_several, why_no_rows
+from offload_moe.decode import why_no_rows
 from offload_moe.decode.hooks import hooks_of
 from offload_moe.errors import ConfigError
 from offload_moe.families.text_model import TextModel
@@ -43,7 +43,6 @@ class Speculation:
         """
         self.choice: Choice = choice
         self.why_off = why_no_rows(hf) or why_off
-        self._takes_several = takes_several(hf)
         self.is_paused = False
         self._costs = PassCosts()
         head = hf.get_output_embeddings()
@@ -68,7 +67,7 @@ class Speculation:
     @property
     def may_share(self) -> bool:
         """Whether a pass may have tokens of several conversations now."""
-        return self._takes_several and not self.why_off and not self.is_paused and not self._new_hooks
+        return not self.why_off and not self.is_paused and not self._new_hooks
 
     @contextmanager
     def paused(self) -> Iterator[None]:

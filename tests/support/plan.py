@@ -24,7 +24,7 @@ def real_shape(name: str) -> ModelShape:
 
 
 def tiny_shape(family: str, **changes: Any) -> ModelShape:
-    return describe_model(AutoConfig.for_model(family, **(COMMON | FAMILIES[family] | changes)))
+    return describe_model(AutoConfig.for_model(family, **(COMMON | FAMILIES.get(family, {}) | changes)))
 
 
 def task(shape: ModelShape, machine: Machine, **settings: Any) -> Task:

@@ -1,10 +1,12 @@
 """Grouped-query attention of the card, executed on the CPU: the bits of the portable C, for rows of any sequences."""
 
+import numpy as np
 import pytest
 
 from tests.support.cuda import shim
-from tests.support.cuda.attention import Grouped, program
+from tests.support.cuda.attention import Grouped, GroupedCase, program
 from tests.support.cuda.attention_cases import SETTINGS, check, check_special_numbers, check_stopped
+from tests.support.cuda.bits import from_bf16
 
 pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
 
@@ -20,6 +22,7 @@ SHAPES = {
     ),
     "HunYuan": Grouped(num_heads=4, num_kv_heads=2, head_dim=144, rotated_dims=80, norm_span="rotated"),
     "Qwen3-Next": Grouped(num_heads=8, num_kv_heads=2, head_dim=32, rotated_dims=16, norm_span="head", is_gated=True),
+    "groups of nine": Grouped(num_heads=18, num_kv_heads=2, head_dim=16, rotated_dims=0),
     "without rotation": Grouped(num_heads=3, num_kv_heads=1, head_dim=128, rotated_dims=0, norm_span="head"),
 }
 
@@ -38,6 +41,21 @@ def test_attention_has_the_bits_of_the_cpu(library: shim.ShimLibrary, shape: str
 @pytest.mark.parametrize("shape", SHAPES)
 def test_special_numbers_are_those_of_the_cpu(library: shim.ShimLibrary, shape: str) -> None:
     check_special_numbers(library, SHAPES[shape])
+
+
+def test_keys_and_values_are_rounded_to_even(library: shim.ShimLibrary) -> None:
+    """Halfway between two numbers of bf16; infinite and NaN, whose last bits alone say so."""
+    halfway = (np.arange(0x3F7A, 0x3F88, dtype=np.uint32) << 16 | 0x8000).view(np.float32)
+    special = np.array([0x7F800001, 0xFFFFFFFF, 0x7F7FFFFF, 0xFF800000], np.uint32).view(np.float32)
+    shape = SHAPES["groups of nine"]
+    case = GroupedCase(shape, SETTINGS["the first token"])
+    values = np.resize(np.concatenate((halfway, special)), case.heads[2].shape).astype(np.float32)
+    case.heads[1][...] = case.heads[2][...] = values
+    case.check(library)
+    (pair,) = case.cache.planes
+    found = from_bf16(pair[1].read()).reshape(-1)[: len(halfway)]
+    assert (found.view(np.uint32) >> 16 & 1 == 0).all()
+    assert np.isnan(from_bf16(pair[1].read())).sum() == np.isnan(values).sum() > 0
 
 
 @pytest.mark.parametrize("num_blocks", [1, 7, 300])

@@ -65,7 +65,6 @@ OPERATIONS = [
     ("attend.cuh", "OM_CARD_LEAST(h, last_head)", "h"),
     ("attend.cuh", "sections[head * (long long)stride] = {greatest, sum}", "sections[head * (long long)stride] = {sum, greatest}"),
     ("attend_units.cuh", "rows.num_sharing[t] = 0, rows.num_sharing[first]++;", "rows.num_sharing[t] = 0;"),
-    ("attend_units.cuh", "rows.pages[t - 1] == rows.pages[t] && ", ""),
     ("attend_units.cuh", "u.in_page = first_token % OM_CARD_PAGE", "u.in_page = 0"),
     ("attend_units.cuh", "u.kv_head * room.value_stride", "u.kv_head * room.key_stride * 0"),
     ("heads.cuh", "__fadd_rn(__fmul_rn(x[o], cos[o]), __fmul_rn(x[partner], signed_sin[o]))", "__fmaf_rn(x[o], cos[o], __fmul_rn(x[partner], signed_sin[o]))"),

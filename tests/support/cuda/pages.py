@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.support.cuda.bits import address, random_floats, to_bf16
-from tests.support.cuda.card import SOURCES
+from tests.support.cuda.card import SOURCES, copied
 from tests.support.cuda.params import structs_of
 
 PAGE = 128
@@ -52,7 +52,7 @@ class Plane:
             self.stride = PAGE * dims
             starts = random.permutation(num_pages + 2)[:num_pages] * num_heads * PAGE * dims
         self.starts = starts
-        self.table = np.array([self.pool.ctypes.data + 2 * int(start) for start in starts], np.uint64)
+        self.table = copied(np.array([self.pool.ctypes.data + 2 * int(start) for start in starts], np.uint64))
 
     def fill(self, num_tokens: int) -> None:
         """Put the first tokens into the pages."""

@@ -14,7 +14,10 @@ Kernel = tuple[str, ...]  # the kind and sizes of an OM_DEFINE_... line
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """Sizes of a model; `latent` replaces grouped-query attention: unrotated, rotated, value dims and rank."""
+    """Sizes of a model; `latent` replaces grouped-query attention: unrotated, rotated, value dims and rank.
+
+    router: experts, chosen, groups, chosen groups, best of a group, scoring, shares of the chosen.
+    """
 
     hidden: int
     inner: int
@@ -26,7 +29,9 @@ class Model:
     norm: str = "NO_NORM"
     latent: tuple[int, int, int, int] | None = None
     mlps: tuple[int, ...] = ()  # widths of shared experts and dense layers
-    router: tuple[int, ...]  # experts, chosen, groups, chosen groups, best of a group, sigmoid, shares of the chosen
+    router: tuple[int, ...]
+    are_scaled: bool = False  # inputs of experts
+    rotation: str = "HALVES"
 
 
 MODELS = {
@@ -69,6 +74,19 @@ MODELS = {
         mlps=(2048, 18432),
         router=(256, 8, 8, 4, 2, 1, 1),
     ),
+    "Llama-4-Scout": Model(
+        hidden=5120,
+        inner=8192,
+        heads=40,
+        kv_heads=8,
+        head_dim=128,
+        norm="NORM_OF_ROTATED",
+        mlps=(8192,),
+        router=(16, 1, 1, 1, 1, 1, 0),
+        are_scaled=True,
+        rotation="PAIRS",
+    ),
+    "Phi-3.5-MoE": Model(hidden=4096, inner=6400, heads=32, kv_heads=8, head_dim=128, router=(16, 2, 1, 1, 1, 2, 0)),
 }
 
 
@@ -93,6 +111,8 @@ def kernels(model: Model, rows: int) -> Iterator[Kernel]:
         return
     yield _line("NORM", hidden)
     yield _line("QUANTIZE", out_columns(model))
+    if model.are_scaled:
+        yield _line("SCALE", hidden)
     yield _line("EMBED", "OM_BF16", hidden)
     yield ("GREATEST",)
     yield ("CHOOSE",)
@@ -116,7 +136,7 @@ def attention(model: Model, rows: int) -> Iterator[Kernel]:
         yield _line("ATTEND", model.heads, 1, rank, rotated, rank)
     else:
         heads = (model.heads, model.kv_heads, model.head_dim)
-        yield _line("HEADS", *heads, model.head_dim, "OM_HALVES", f"OM_{model.norm}")
+        yield _line("HEADS", *heads, model.head_dim, f"OM_{model.rotation}", f"OM_{model.norm}")
         yield _line("ATTEND", *heads, 0, model.head_dim)
         yield _line("MERGE", model.heads, model.head_dim)
     yield _line("ROUTE", *model.router)
