@@ -92,6 +92,13 @@ def num_operations(folder: Path) -> int:
     return saboteur.count
 
 
+def test_what_is_written_reaches_the_disk_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dirty pages that pile up would prolong the last sync of a file."""
+    before = num_operations(tmp_path / "at the end")
+    monkeypatch.setattr("offload_moe.store.writer.FLUSH_BYTES", 1)
+    assert num_operations(tmp_path / "each") == before + len(BLOBS)
+
+
 def test_killed_at_every_operation_then_resumed(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     total = num_operations(tmp_path / "counted")
     assert total > 2 * len(BLOBS)

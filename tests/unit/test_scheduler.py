@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from offload_moe.errors import TransferError
+from offload_moe.memory.arena import Arena
 from offload_moe.memory.mover import Arrived, Mover
 from offload_moe.memory.transfers import Transfers
 from offload_moe.memory.waiting import STEP_S
 from offload_moe.native.kernels import DONE, DROPPED, FAILED, READING, Completion, SlotTable
 from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import make_policy
+from offload_moe.residency.records import RamRecords
 from offload_moe.residency.reserved import PassAccounts, ReservedSlots
 from offload_moe.residency.residency import Residency
 from offload_moe.residency.scheduler import Scheduler
@@ -195,6 +197,18 @@ def test_a_stalled_transfer_is_reported_not_waited_for() -> None:
         scheduler.acquire(3, [0, 1]) as lease,
     ):
         list(lease)
+
+
+def test_a_record_that_cannot_be_borrowed_gives_its_slot_back() -> None:
+    mover = ManualMover(1)
+    records = RamRecords(make_scheduler(1, mover, stall_limit_s=0.05), Arena(num_slots=1, slot_bytes=4096))
+    with pytest.raises(TransferError, match="did not arrive"):
+        records.borrow(0)
+    mover.finish()
+    mover.on_start = mover.finish
+    _, give_back = records.borrow(1)
+    assert mover.memory == [1]
+    give_back()
 
 
 def test_time_in_which_the_process_was_stopped_is_no_stall() -> None:
