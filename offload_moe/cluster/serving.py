@@ -13,7 +13,7 @@ import ray
 from offload_moe.cluster.ingress import Ingress
 from offload_moe.cluster.keeper import Keeper, first_line
 from offload_moe.cluster.replica import Job
-from offload_moe.cluster.replicas import Replicas
+from offload_moe.cluster.replicas import CONNECT_S, Replicas
 from offload_moe.errors import ConfigError
 from offload_moe.serve.config import ServeConfig
 from offload_moe.serve.server import Server
@@ -71,6 +71,7 @@ def _connected() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address is not None:
+            _check(address)
             ray.init(address=address, logging_level="warning")
         else:
             os.environ.update({name: os.environ.get(name, value) for name, value in LOCAL.items()})
@@ -80,12 +81,22 @@ def _connected() -> Iterator[None]:
                 object_store_memory=OBJECT_STORE_BYTES,
                 logging_level="warning",
             )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
+        where = address or "this machine"
         raise ConfigError(
-            f"Cannot reach Ray at {address or 'this machine'}: {first_line(error)} This machine must be a node of the "
+            f"Cannot reach Ray at {where}: {first_line(error).rstrip('.')}. This machine must be a node of the "
             "cluster: `ray start --head`, or `ray start --address HOST:6379`. Without RAY_ADDRESS one is started here."
         ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check(address: str) -> None:
+    """Whether anything listens there: Ray tries for minutes. Raises: OSError, ValueError."""
+    host, _, port = address.rpartition(":")
+    if "://" in address:
+        raise ValueError("an address of Ray's client is not supported.")
+    if host:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()

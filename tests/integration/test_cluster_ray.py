@@ -21,7 +21,7 @@ import pytest
 from offload_moe import load
 from tests.integration.test_serve_command import CLI, READY
 from tests.support.chat import chat_store
-from tests.support.cli import ROOT, environment
+from tests.support.cli import ROOT, environment, load_cli
 from tests.support.serving import chat, events, served
 
 pytestmark = [
@@ -241,3 +241,12 @@ def test_a_model_that_no_node_can_load_is_said_at_once(cluster: Any, store: Path
     assert done.returncode == 1, done.stderr
     assert "nothing is neither a file or folder" in done.stderr
     assert "Traceback" not in done.stderr.rpartition("error: ")[2]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:10001", "127.0.0.1:port"])
+def test_an_address_where_no_ray_is_is_said_at_once(
+    address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert load_cli().main(["serve", "demo", "--ray", "--port", "0"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: Cannot reach Ray at {address}: ")
