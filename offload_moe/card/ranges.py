@@ -3,7 +3,7 @@
 import os
 from contextlib import AbstractContextManager, nullcontext
 
-import torch
+from torch.cuda import nvtx
 
 NVTX_VARIABLE = "OFFLOAD_MOE_NVTX"
 
@@ -12,4 +12,4 @@ def named(name: str) -> AbstractContextManager[object]:
     """What begins here, until its end, has this name in Nsight."""
     if os.environ.get(NVTX_VARIABLE) != "1":
         return nullcontext()
-    return torch.cuda.nvtx.range(name)
+    return nvtx.range(name)
