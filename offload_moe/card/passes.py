@@ -21,6 +21,7 @@ from offload_moe.card.memory import Allocate
 from offload_moe.card.mode import ModeChoice
 from offload_moe.card.model import DecoderParts
 from offload_moe.card.program import Compile
+from offload_moe.card.ranges import named
 from offload_moe.card.rooms import Rooms
 from offload_moe.card.state import CardState
 from offload_moe.card.steps import CardSteps
@@ -122,13 +123,15 @@ class CardPass:
             is_stepwise = self.mode.choose()
             began_s = time.perf_counter()
             try:
-                self._begin(steps, ids, positions, caches, wanted, is_stepwise=is_stepwise)
+                with named(f"pass of {len(ids)}, {self.mode.name}: queue"):
+                    self._begin(steps, ids, positions, caches, wanted, is_stepwise=is_stepwise)
                 self.queued_s += time.thread_time() - called_s
                 if not are_extended:
                     self.rooms.extend(caches)
                 self._account.settle()
                 self.tables.pool.publish_worths(self.tables.edits)  # for the next pass
-                self._follow(steps, len(ids), is_stepwise=is_stepwise)
+                with named(f"pass of {len(ids)}, {self.mode.name}: follow"):
+                    self._follow(steps, len(ids), is_stepwise=is_stepwise)
             except BaseException:
                 with suppress(TransferError):  # of a lost card, whose error is raised already
                     self._give_up()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from support.tiny_models import tiny_model
 
 from offload_moe import load
 from offload_moe.card.device import CardDevice
-from offload_moe.engine.device_pass import open_device_pass
+from offload_moe.engine.device_pass import DevicePass, open_device_pass
 from offload_moe.engine.model import Model
 from offload_moe.store import Store
 
@@ -89,6 +90,16 @@ def answers(model: Model) -> list[str]:
     texts = ["".join(piece.text for piece in model.chat().send("Hello", max_new_tokens=7, **each)) for each in settings]
     assert all(texts)
     return texts
+
+
+def test_of_several_cards_a_line_names_the_first() -> None:
+    made: Any = SimpleNamespace(parts=SimpleNamespace(why_no_head=""))
+    for num_cards, lines in (
+        (1, []),
+        (3, ["This machine has 3 cards; the first one (Fake card) is used."]),
+    ):
+        card: Any = SimpleNamespace(num_cards=num_cards, name="Fake card")
+        assert DevicePass(card=card, made=made).notices == lines
 
 
 @pytest.mark.parametrize(

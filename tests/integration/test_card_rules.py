@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,22 @@ def model(card_store: Path) -> Iterator[CardModel]:
     with fake.FakeDriver() as driver, card_model(card_store, driver, 12, 6) as model:
         model.card.mode.mode = "queued"
         yield model
+
+
+def test_passes_have_names_for_a_profiler_where_it_is_wanted(model: CardModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+
+    @contextmanager
+    def noted(name: str) -> Iterator[None]:
+        names.append(name)
+        yield
+
+    monkeypatch.setattr(torch.cuda.nvtx, "range", noted)
+    logits(model.hf, 2)
+    assert not names
+    monkeypatch.setenv("OFFLOAD_MOE_NVTX", "1")
+    logits(model.hf, 2)
+    assert names == ["forward by modules", "pass of 1, queued: queue", "pass of 1, queued: follow"]
 
 
 def test_1_the_host_admits_nothing_while_the_pool_is_lent(model: CardModel) -> None:

@@ -29,7 +29,13 @@ CASES = [
     ("int8", (20,), 1088, 1),
     ("nf4", (32,), 4160, 2),
 ]
-VALUES = [("bf16", (40, 16), 200, 1), ("bf16", (21, 3), 83, 4), ("fp32", (17,), 112, 2), ("fp32", (5, 16), 48, 8)]
+VALUES = [
+    ("bf16", (40, 16), 200, 1),
+    ("bf16", (21, 3), 83, 4),
+    ("fp32", (17,), 112, 2),
+    ("fp32", (5, 16), 48, 8),
+    ("fp32", (5,), 64, 8),
+]
 COMPILED = [("LINEAR", codec_name(codec), cols, rows) for codec, _, cols, rows in CASES]
 COMPILED += [("VALUES", codec_name(codec), cols, rows) for codec, _, cols, rows in VALUES]
 COMPILED += [("QUANTIZE", cols) for cols in sorted({cols for _, _, cols, _ in CASES})]
@@ -113,8 +119,10 @@ def test_biases_in_records_of_plain_numbers(dtype: torch.dtype) -> None:
     assert np.array_equal(bits(out), bits(expected.numpy()))
 
 
-def test_products_below_the_least_number_add_up_to_a_positive_zero() -> None:
-    cols, x, weight = 48, np.full((8, 48), 1e-30, np.float32), torch.full((5, 48), -1e-30)
+@pytest.mark.parametrize("cols", [48, 64])
+def test_products_below_the_least_number_add_up_to_a_positive_zero(cols: int) -> None:
+    """Whole lanes add up to -0; lanes with columns behind the last one do not."""
+    x, weight = np.full((8, cols), 1e-30, np.float32), torch.full((5, cols), -1e-30)
     linear = kernels.Linear.of_numbers(weight)
     expected = torch.empty(8, 5)
     kernel = kernels.LinearKernel("fp32", [linear.shape], [linear.layout])

@@ -275,7 +275,7 @@ class GroupedCase(Case):
             is_gated=int(self.sizes.is_gated),
         )
         num_heads = self.sizes.num_heads + 2 * self.sizes.num_kv_heads
-        self._launch(library, "heads", (num_heads, self.num_rows), 128, params, seed)
+        self._launch(library, "heads", (num_heads, self.num_rows + 1), 128, params, seed)
 
     def _finish(
         self, library: shim.ShimLibrary, given: Pass, attended: Attended, out: Floats, inputs: Inputs, seed: int
@@ -286,7 +286,7 @@ class GroupedCase(Case):
             gates=address(self.heads[0]) if self.sizes.is_gated else None,
             inputs=array("om_card_input", inputs.structs),
         )
-        self._launch(library, "merge", (-(-self.columns // 64), self.num_rows), 32, params, seed)
+        self._launch(library, "merge", (-(-self.columns // 64), self.num_rows + 1), 32, params, seed)
 
     def expected_heads(self) -> tuple[Floats, list[Any], list[Any]]:
         """Queries; keys and values of each sequence with those of its new rows."""

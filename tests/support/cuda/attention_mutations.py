@@ -12,8 +12,8 @@ TESTS = {
     "view.cuh": ["attention"],
 }
 BOUNDS = [
-    ("absorb.cuh", "row = K % 32 == 0 || wanted < K ? wanted : K - 1", "row = K % 32 == 0 || wanted < K ? wanted : 0 * K"),
-    ("absorb.cuh", "if (K % 32 == 0 || k < K) {", "{"),
+    ("absorb.cuh", "row = K % 32 == 0 || wanted < K ? wanted : K - 1", "row = wanted + 0 * K"),
+    ("absorb.cuh", "if (K % 32 == 0 || k < K) {", "if (true) {"),
     ("absorb.cuh", "if (first + at < Z) p.query", "p.query"),
     ("absorb.cuh", "if (row < num_rows) A::template append", "A::template append"),
     ("absorb.cuh", "if (part == 0) A::template rotate_query", "A::template rotate_query"),
