@@ -4,6 +4,7 @@ Files are not mapped, because mapped pages count as resident memory, which must 
 """
 
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
