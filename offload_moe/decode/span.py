@@ -12,12 +12,13 @@ experts that could not be fetched. Counters and policy are updated afterwards, l
 """
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from offload_moe.decode.block import PlainBlock
@@ -262,17 +263,27 @@ class LayerSpan:
 
 def choices_of(rows: kernels.SpanRows, first: int, end: int) -> list[Choice]:
     """The experts of some layers: in the router's order for one row, else ascending."""
-    layers = map(rows.chosen, range(first, end))
     if rows.num_rows == 1:
-        return [Choice(ids, states) for ids, states in layers]
-    return [_distinct(ids, states, rows.num_rows) for ids, states in layers]
+        return [Choice(ids, states) for ids, states in map(rows.chosen, range(first, end))]
+    return _distinct(rows.ids[first:end].numpy(), rows.found[first:end].numpy(), rows.logits.shape[2])
 
 
-def _distinct(chosen: Sequence[int], states: Sequence[int], num_rows: int) -> Choice:
-    """Of one layer: what the rows chose, and how it was found."""
-    how, counts = dict(zip(chosen, states, strict=True)), Counter(chosen)
-    experts = sorted(how)
-    return Choice(experts, [how[expert] for expert in experts], [counts[expert] / num_rows for expert in experts])
+def _distinct(ids: NDArray[np.int64], states: NDArray[np.uint8], num_experts: int) -> list[Choice]:
+    """Of some layers: what their rows ``[L, T, K]`` chose, and how it was found."""
+    num_layers, num_rows, _ = ids.shape
+    layers = np.arange(num_layers)[:, None, None]
+    counts = np.bincount((layers * num_experts + ids).ravel(), minlength=num_layers * num_experts)
+    counts = counts.reshape(num_layers, num_experts)
+    how = np.zeros(counts.shape, np.uint8)
+    how[layers, ids] = states
+    chosen = np.nonzero(counts)
+    ends = np.count_nonzero(counts, axis=1).cumsum().tolist()
+    experts, found = chosen[1].tolist(), how[chosen].tolist()
+    shares = (counts[chosen] / num_rows).tolist()
+    return [
+        Choice(experts[begin:end], found[begin:end], shares[begin:end])
+        for begin, end in zip([0, *ends[:-1]], ends, strict=True)
+    ]
 
 
 def span_kind(hierarchy: Hierarchy, layer: NativeLayer) -> tuple[int, int] | None:
