@@ -79,7 +79,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     runtime = SimpleNamespace(open_osfhandle=lambda handle, flags: handle + 1, get_osfhandle=lambda file: file - 1)
     monkeypatch.setitem(sys.modules, "msvcrt", runtime)
     monkeypatch.setattr(windows, "IS_WINDOWS", True)
-    monkeypatch.setattr(windows, "_kernel", lambda: made_up)
+    monkeypatch.setattr(windows, "kernel", lambda: made_up)
     monkeypatch.setattr(ctypes, "get_last_error", lambda: made_up.error, raising=False)
     monkeypatch.setattr(ctypes, "FormatError", lambda code: f"error {code} ", raising=False)
     return made_up
@@ -135,11 +135,11 @@ def test_locks_lie_behind_the_bytes_that_others_read(kernel: Kernel, error: int,
     failed = OSError(errno.EACCES, "locked")
     failed.winerror = error  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windows, "_error", lambda _: failed)
+        patch.setattr(windows, "last_error", lambda _: failed)
         assert locks.try_lock(73) == state
     handle, flags, _, low, high, place = kernel.locked[0]
     assert (handle, flags, low, high) == (72, windows.LOCK_AT_ONCE | windows.LOCK_EXCLUSIVE, 1, 0)
-    assert place._obj.offset_high << 32 > 1 << 60
+    assert place.contents.offset_high << 32 > 1 << 60
 
 
 def test_what_is_open_elsewhere_is_replaced_a_little_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
