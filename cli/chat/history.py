@@ -29,7 +29,7 @@ class MessageHistory(History):
         line = json.dumps(string) + "\n"
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
             file = os.open(self._path, flags, 0o600)
             try:
                 os.write(file, (("" if _ends_a_line(file) else "\n") + line).encode())

@@ -19,10 +19,7 @@ HIDDEN_SHARE = 0.9  # of the machine's free memory; less for this process means 
 
 def check_system() -> Check:
     name = "WSL2 on Windows" if is_wsl() else f"{platform.system()} {platform.release()}"
-    found = f"{name}, {platform.machine()}"
-    if platform.system() == "Windows":
-        return judge("system", found, warning="The native CPU kernels need Linux or macOS. Use WSL2.")
-    return judge("system", found)
+    return judge("system", f"{name}, {platform.machine()}")
 
 
 def is_wsl(release: str | None = None) -> bool:

@@ -48,9 +48,9 @@ def open_file(path: Path | str, flags: int, *, is_direct: bool = False) -> int:
     attributes = NORMAL if is_written else NORMAL | OVERLAPPED | (NO_BUFFERING if is_direct else 0)
     access = GENERIC_READ | GENERIC_WRITE if is_written else GENERIC_READ
     name = extended(os.path.abspath(path))
-    handle = _kernel().CreateFileW(name, access, SHARE_READ_WRITE_DELETE, None, _disposition(flags), attributes, None)
+    handle = kernel().CreateFileW(name, access, SHARE_READ_WRITE_DELETE, None, _disposition(flags), attributes, None)
     if handle == INVALID_HANDLE:
-        raise _error(str(path))
+        raise last_error(str(path))
     no_inherit: int = getattr(os, "O_NOINHERIT", 0)
     descriptor: int = msvcrt.open_osfhandle(handle, flags & os.O_APPEND | no_inherit)  # type: ignore[attr-defined]
     return descriptor
@@ -68,9 +68,9 @@ def try_lock(descriptor: int, *, is_shared: bool) -> bool:
     """Lock an open file until it is closed. Returns whether no other process has locked it. Raises: OSError."""
     place = _Overlapped(offset_high=LOCKED_OFFSET)
     flags = LOCK_AT_ONCE | (0 if is_shared else LOCK_EXCLUSIVE)
-    if _kernel().LockFileEx(handle_of(descriptor), flags, 0, 1, 0, ctypes.byref(place)):
+    if kernel().LockFileEx(handle_of(descriptor), flags, 0, 1, 0, ctypes.pointer(place)):
         return True
-    error = _error(None)
+    error = last_error(None)
     if getattr(error, "winerror", 0) == LOCK_VIOLATION:
         return False
     raise error
@@ -97,7 +97,7 @@ def _disposition(flags: int) -> int:
             return OPEN_EXISTING
 
 
-def _kernel() -> Any:
+def kernel() -> Any:
     library = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined]
     library.CreateFileW.restype = ctypes.c_void_p
     library.CreateFileW.argtypes = (
@@ -108,7 +108,7 @@ def _kernel() -> Any:
     return library
 
 
-def _error(path: str | None) -> OSError:
+def last_error(path: str | None) -> OSError:
     """The last error of the system, with Python's number of it."""
     code: int = ctypes.get_last_error()  # type: ignore[attr-defined]
     words: str = ctypes.FormatError(code)  # type: ignore[attr-defined]

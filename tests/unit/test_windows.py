@@ -1,0 +1,178 @@
+"""What Windows has in other ways, with its calls made up. `scripts/test_windows` runs the C library in Wine."""
+
+import ctypes
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from offload_moe.native import files
+from offload_moe.store import durable
+from offload_moe.system import locks, open_files, windows
+
+ROOT = Path(__file__).parents[2]
+
+# What Windows lacks is taken away behind the libraries, which have their own ways, and before every module of ours.
+IMPORT_ALL = """
+import importlib, os, pkgutil, signal, sys
+import accelerate, bitsandbytes, gguf, huggingface_hub, numpy, prompt_toolkit, psutil, rich.console, safetensors.torch
+import llguidance, markdown_it, starlette.applications, tokenizers, torch, transformers, uvicorn
+import prompt_toolkit.history, prompt_toolkit.key_binding, prompt_toolkit.output, prompt_toolkit.shortcuts
+import rich.live, rich.markdown, rich.progress, torch.utils.cpp_extension
+from tests.support.cli import load_cli
+import offload_moe.native  # this machine's library stays loaded
+for name in [name for name in sys.modules if name.startswith("offload_moe") and name != "offload_moe.native.library"]:
+    del sys.modules[name]
+for name in ("fcntl", "grp", "pwd", "readline", "resource", "termios", "tty"):
+    sys.modules[name] = None
+for name in (
+    "fork", "geteuid", "getuid", "preadv", "pread", "pwrite", "posix_fadvise", "register_at_fork", "sched_getaffinity",
+    "statvfs", "uname", "O_DIRECT", "O_CLOEXEC", "O_NONBLOCK",
+):
+    delattr(os, name)
+for name in ("SIGHUP", "SIGUSR1", "SIGCONT", "SIGKILL", "SIGALRM"):
+    delattr(signal, name)
+sys.platform = "win32"
+load_cli()
+import offload_moe, offload_moe_cli
+packages = [*offload_moe.__path__], [*offload_moe_cli.__path__]
+found = [name for _, name, _ in pkgutil.walk_packages(packages[0], "offload_moe.")]
+found += [name for _, name, _ in pkgutil.walk_packages(packages[1], "offload_moe_cli.") if "__main__" not in name]
+for name in (name for name in found if not name.endswith("._native")):
+    importlib.import_module(name)
+print(len(found))
+"""
+
+
+@pytest.mark.slow  # libraries are imported in a process of their own
+def test_every_module_is_imported_without_what_windows_lacks() -> None:
+    run = subprocess.run([sys.executable, "-c", IMPORT_ALL], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) > 200
+
+
+class Kernel:
+    """The calls that are made of kernel32, and the error they end with."""
+
+    def __init__(self, error: int = 0) -> None:
+        self.error = error
+        self.opened: list[tuple[Any, ...]] = []
+        self.locked: list[tuple[Any, ...]] = []
+
+    def CreateFileW(self, *arguments: Any) -> int | None:  # noqa: N802
+        self.opened.append(arguments)
+        return windows.INVALID_HANDLE if self.error else 72
+
+    def LockFileEx(self, *arguments: Any) -> int:  # noqa: N802
+        self.locked.append(arguments)
+        return not self.error
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    made_up = Kernel()
+    runtime = SimpleNamespace(open_osfhandle=lambda handle, flags: handle + 1, get_osfhandle=lambda file: file - 1)
+    monkeypatch.setitem(sys.modules, "msvcrt", runtime)
+    monkeypatch.setattr(windows, "IS_WINDOWS", True)
+    monkeypatch.setattr(windows, "kernel", lambda: made_up)
+    monkeypatch.setattr(ctypes, "get_last_error", lambda: made_up.error, raising=False)
+    monkeypatch.setattr(ctypes, "FormatError", lambda code: f"error {code} ", raising=False)
+    return made_up
+
+
+def test_files_are_opened_so_that_others_may_replace_them(kernel: Kernel, tmp_path: Path) -> None:
+    assert open_files.open_descriptor(tmp_path / "a", open_files.WRITING | os.O_TRUNC) == 73
+    assert open_files.open_descriptor(tmp_path / "a") == 73
+    assert open_files.open_descriptor(tmp_path / "a", is_direct=True) == 73
+    written, read, direct = kernel.opened
+    assert written[1:6] == (windows.GENERIC_READ | windows.GENERIC_WRITE, 7, None, windows.CREATE_ALWAYS, 0x80)
+    assert read[1:6] == (windows.GENERIC_READ, 7, None, windows.OPEN_EXISTING, 0x40000080)
+    assert direct[5] == 0x60000080
+
+
+def test_a_file_that_cannot_be_opened_is_named(kernel: Kernel, tmp_path: Path) -> None:
+    kernel.error = 2
+    with pytest.raises(OSError, match=r"error 2.*missing"):
+        open_files.open_descriptor(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("flags", "disposition"),
+    [
+        (os.O_RDWR, windows.OPEN_EXISTING),
+        (os.O_RDWR | os.O_CREAT, windows.OPEN_ALWAYS),
+        (os.O_RDWR | os.O_CREAT | os.O_EXCL, windows.CREATE_NEW),
+        (os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_TRUNC, windows.CREATE_NEW),
+        (os.O_RDWR | os.O_TRUNC, windows.TRUNCATE_EXISTING),
+    ],
+)
+def test_flags_mean_what_they_mean_elsewhere(kernel: Kernel, flags: int, disposition: int) -> None:
+    windows.open_file("a", flags)
+    assert kernel.opened[0][4] == disposition
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("C:\\" + "a" * 200, "C:\\" + "a" * 200),
+        ("C:\\" + "ü" * 300, "\\\\?\\C:\\" + "ü" * 300),
+        ("\\\\server\\" + "a" * 300, "\\\\?\\UNC\\server\\" + "a" * 300),
+        ("\\\\?\\C:\\" + "a" * 300, "\\\\?\\C:\\" + "a" * 300),
+    ],
+)
+def test_long_paths_are_written_in_their_own_form(path: str, expected: str) -> None:
+    assert windows.extended(path) == expected
+
+
+@pytest.mark.parametrize(("error", "state"), [(0, "locked"), (33, "held elsewhere"), (50, "unavailable")])
+def test_locks_lie_behind_the_bytes_that_others_read(kernel: Kernel, error: int, state: str) -> None:
+    kernel.error = error
+    failed = OSError(errno.EACCES, "locked")
+    failed.winerror = error  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windows, "last_error", lambda _: failed)
+        assert locks.try_lock(73) == state
+    handle, flags, _, low, high, place = kernel.locked[0]
+    assert (handle, flags, low, high) == (72, windows.LOCK_AT_ONCE | windows.LOCK_EXCLUSIVE, 1, 0)
+    assert place.contents.offset_high << 32 > 1 << 60
+
+
+def test_what_is_open_elsewhere_is_replaced_a_little_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts: list[int] = []
+    really_replace = os.replace
+
+    def replace(part: Path, final: Path) -> None:
+        attempts.append(1)
+        if len(attempts) < 3:
+            raise PermissionError(errno.EACCES, "Access is denied", str(final))
+        really_replace(part, final)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(open_files, "RETRY_S", 0.001)
+    (tmp_path / "a.part").write_bytes(b"new")
+    with pytest.raises(PermissionError):  # elsewhere it means that the folder is not ours
+        durable.publish(tmp_path / "a.part", tmp_path / "a")
+    monkeypatch.setattr(windows, "IS_WINDOWS", True)
+    durable.publish(tmp_path / "a.part", tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"new"
+    attempts.clear()
+    monkeypatch.setattr(open_files, "IN_THE_WAY_S", 0.0)
+    with pytest.raises(OSError, match=r"another process has the file open.*/a'"):
+        durable.publish(tmp_path / "a.part", tmp_path / "a")
+
+
+def test_reads_at_an_offset_without_preadv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(bytes(range(100)))
+    monkeypatch.delattr(os, "preadv")
+    descriptor = os.open(tmp_path / "a", os.O_RDONLY)
+    assert files.read_bytes_at(descriptor, 20, 90) == bytes(range(90, 100))
+    assert files.read_bytes_at(descriptor, 20, 100) == b""
+    assert files.read_at(descriptor, memoryview(bytearray()), 0) == 0
+    os.close(descriptor)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        files.read_bytes_at(descriptor, 20, 0)
