@@ -90,6 +90,7 @@ def draw(monkeypatch: pytest.MonkeyPatch, rule: Rule, num_tokens: int, seed: int
     chain, counters = Chain(), Counters()
     monkeypatch.setattr(ahead, "takes_rows", lambda hf, cache, num_rows: True)
     monkeypatch.setattr(ahead, "roll_back", chain.take_back)
+    monkeypatch.setattr(ahead, "keep_next", lambda cache: None)
     monkeypatch.setattr(ahead, "sharing_of", lambda hf: None)
     monkeypatch.setattr(ahead, "speculation_of", lambda hf: SimpleNamespace(counters=counters))
     speculator = Speculator(Guesser(rule), PassCosts(), counters, EveryGuess())
