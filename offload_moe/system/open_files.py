@@ -20,7 +20,7 @@ WRITING = os.O_RDWR | os.O_CREAT
 def open_descriptor(path: Path, flags: int = os.O_RDONLY, mode: int = 0o644, *, is_direct: bool = False) -> int:
     """`os.open` in binary mode, which raises the limit of open files, if permitted, when the limit is reached.
 
-    On Windows others may replace or delete the file, and one that is only read is for `native.files.read_at`.
+    On Windows others may replace or delete the file meanwhile.
     is_direct: reads go around the page cache, in whole pages.
 
     Raises: OSError; for too many open files, with a remedy.

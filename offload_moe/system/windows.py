@@ -37,15 +37,14 @@ class _Overlapped(ctypes.Structure):
 def open_file(path: Path | str, flags: int, *, is_direct: bool = False) -> int:
     """As `os.open` in binary mode; a descriptor. Others may replace or delete the file meanwhile.
 
-    Files that are only read are for `native.files.read_at`: several threads may read at once, but not by `os.read`.
-    is_direct: reads go around the cache, in whole pages.
+    is_direct: reads go around the cache, in whole pages, several at once; `os.read` cannot.
 
     Raises: OSError.
     """
     import msvcrt
 
     is_written = bool(flags & (os.O_RDWR | os.O_WRONLY))
-    attributes = NORMAL if is_written else NORMAL | OVERLAPPED | (NO_BUFFERING if is_direct else 0)
+    attributes = NORMAL | OVERLAPPED | NO_BUFFERING if is_direct else NORMAL
     access = GENERIC_READ | GENERIC_WRITE if is_written else GENERIC_READ
     name = extended(os.path.abspath(path))
     handle = kernel().CreateFileW(name, access, SHARE_READ_WRITE_DELETE, None, _disposition(flags), attributes, None)

@@ -84,6 +84,8 @@ static uint8_t byte_at(int64_t offset) { return (uint8_t)(offset * 7 + (offset >
 static int32_t open_made_up(const char *folder, const uint8_t *bytes, size_t num_bytes) {
     wchar_t path[700] = L"\\\\?\\", part[40] = L"\\\u0444\u0430\u0439\u043b-\u00fc\u00e4-";
     MultiByteToWideChar(CP_UTF8, 0, folder, -1, path + 4, 200);
+    for (wchar_t *at = path; *at != 0; at++)
+        if (*at == L'/') *at = L'\\'; /* the extended form has no other */
     while (wcslen(part) < 30) wcscat(part, L"x");
     for (int depth = 0; depth < 10; depth++) wcscat(path, part), CreateDirectoryW(path, NULL);
     wcscat(path, L"\\\U0001F4BE.bin");

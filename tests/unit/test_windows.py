@@ -91,7 +91,7 @@ def test_files_are_opened_so_that_others_may_replace_them(kernel: Kernel, tmp_pa
     assert open_files.open_descriptor(tmp_path / "a", is_direct=True) == 73
     written, read, direct = kernel.opened
     assert written[1:6] == (windows.GENERIC_READ | windows.GENERIC_WRITE, 7, None, windows.CREATE_ALWAYS, 0x80)
-    assert read[1:6] == (windows.GENERIC_READ, 7, None, windows.OPEN_EXISTING, 0x40000080)
+    assert read[1:6] == (windows.GENERIC_READ, 7, None, windows.OPEN_EXISTING, 0x80)
     assert direct[5] == 0x60000080
 
 
