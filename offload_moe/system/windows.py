@@ -3,8 +3,8 @@
 A file that `os.open` opened cannot be deleted meanwhile, and its locks keep others from reading the locked part.
 """
 
-import ctypes
 import os
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,11 @@ GENERIC_READ, GENERIC_WRITE = 0x80000000, 0x40000000
 SHARE_READ_WRITE_DELETE = 7
 CREATE_NEW, CREATE_ALWAYS, OPEN_EXISTING, OPEN_ALWAYS, TRUNCATE_EXISTING = 1, 2, 3, 4, 5
 NORMAL, NO_BUFFERING, OVERLAPPED = 0x80, 0x20000000, 0x40000000
-INVALID_HANDLE = ctypes.c_void_p(-1).value
+INVALID_HANDLE = (1 << 64) - 1
 LOCK_AT_ONCE, LOCK_EXCLUSIVE = 1, 2
 LOCKED_OFFSET = 1 << 30  # times 4 GiB: a lock keeps others from reading what it covers, so it lies behind every file
 LOCK_VIOLATION = 33
 MOST_LETTERS = 248  # of a path, unless it is written in the extended form
-
-
-class _Overlapped(ctypes.Structure):
-    """`OVERLAPPED`."""
-
-    _fields_ = (
-        ("internal", ctypes.c_void_p),
-        ("internal_high", ctypes.c_void_p),
-        ("offset", ctypes.c_uint32),
-        ("offset_high", ctypes.c_uint32),
-        ("event", ctypes.c_void_p),
-    )
 
 
 def open_file(path: Path | str, flags: int, *, is_direct: bool = False) -> int:
@@ -65,9 +53,12 @@ def handle_of(descriptor: int) -> int:
 
 def try_lock(descriptor: int, *, is_shared: bool) -> bool:
     """Lock an open file until it is closed. Returns whether no other process has locked it. Raises: OSError."""
-    place = _Overlapped(offset_high=LOCKED_OFFSET)
+    import ctypes
+
+    place = struct.pack("<QQIIQ", 0, 0, 0, LOCKED_OFFSET, 0)  # `OVERLAPPED`: the offset's upper half
+    overlapped = ctypes.create_string_buffer(place, len(place))
     flags = LOCK_AT_ONCE | (0 if is_shared else LOCK_EXCLUSIVE)
-    if kernel().LockFileEx(handle_of(descriptor), flags, 0, 1, 0, ctypes.pointer(place)):
+    if kernel().LockFileEx(handle_of(descriptor), flags, 0, 1, 0, overlapped):
         return True
     error = last_error(None)
     if getattr(error, "winerror", 0) == LOCK_VIOLATION:
@@ -97,6 +88,8 @@ def _disposition(flags: int) -> int:
 
 
 def kernel() -> Any:
+    import ctypes  # not where a command only prints
+
     library = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined]
     library.CreateFileW.restype = ctypes.c_void_p
     library.CreateFileW.argtypes = (
@@ -109,6 +102,8 @@ def kernel() -> Any:
 
 def last_error(path: str | None) -> OSError:
     """The last error of the system, with Python's number of it."""
+    import ctypes
+
     code: int = ctypes.get_last_error()  # type: ignore[attr-defined]
     words: str = ctypes.FormatError(code)  # type: ignore[attr-defined]
     return OSError(0, words.strip(), path, code)

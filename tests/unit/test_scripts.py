@@ -109,9 +109,9 @@ def test_ci_installs_the_emulator_as_root_and_shows_what_fails(user: int, by: st
     for name, text in fakes.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    function = re.search(r"^install_emulator\(\).*?^}", (ROOT / ".ci/run").read_text(), re.DOTALL | re.MULTILINE)
+    function = re.search(r"^install_emulators\(\).*?^}", (ROOT / ".ci/run").read_text(), re.DOTALL | re.MULTILINE)
     assert function is not None
-    command = ["/bin/bash", "-euo", "pipefail", "-c", f"{function[0]}\ninstall_emulator"]
+    command = ["/bin/bash", "-euo", "pipefail", "-c", f"{function[0]}\ninstall_emulators"]
     done = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True)
     *lines, last = done.stderr.splitlines()
     assert lines == [f"{by}apt-get update", f"{by}apt-get install", "no such package"]
