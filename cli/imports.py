@@ -13,18 +13,37 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+from offload_moe.errors import BudgetError
+
+from .failures import NO_MEMORY
+
+LEAST_ADDRESSES = 640 << 20  # bytes: with less, libraries end the process while they are loaded
 COMPILER, ATTRIBUTE = "torch._dynamo", "_dynamo"
 MARKS = ("allow_in_graph", "assume_constant_result", "disable")  # decorators, which only the compiler reads
 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Import libraries inside. What is left out can be imported behind it."""
+    """Import libraries inside. What is left out can be imported behind it. Raises: BudgetError: no room for them."""
+    _check_addresses()
     with _without_garbage_collection():
         import torch
 
         with _without_compiler(torch), _without_other_processes(torch.distributed):
             yield
+
+
+def _check_addresses() -> None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < LEAST_ADDRESSES:
+        raise BudgetError(
+            f"There is no memory left to load libraries: this process may have {limit >> 20} MiB of addresses, and "
+            f"they take {LEAST_ADDRESSES >> 20}. {NO_MEMORY}"
+        )
 
 
 @contextmanager

@@ -210,7 +210,7 @@ def test_in_the_c_locale_it_answers_in_ascii(model: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kilobytes", [700_000, 400_000])
+@pytest.mark.parametrize("kilobytes", [700_000, 550_000, 400_000, 200_000])
 def test_too_little_address_space_is_one_line(kilobytes: int, model: Path) -> None:
     done = run(model=model, cache=model.parent / "cache", around=f'ulimit -v {kilobytes}; exec "$@"')
     assert done.returncode == 1

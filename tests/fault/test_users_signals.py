@@ -42,6 +42,14 @@ with short_of_slots(store, 3) as model:
 """
 
 
+@pytest.fixture(autouse=True)
+def hangups_count() -> Iterator[None]:
+    """Also where the tests were started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return chat_store(tmp_path_factory.mktemp("store"), moe_intermediate_size=256, max_position_embeddings=16384)
