@@ -194,7 +194,7 @@ def experts(made: Bench, codec: str, *, is_first: bool) -> tuple[str, int, Nodes
         }
         if is_first:
             kernel = made.kernel("FIRST", f"OM_{codec.upper()}", hidden, inner, 1, "OM_SILU", 1)
-            params = struct("first_params")(**shared, input=x)
+            params = struct("first_params")(**shared, input=x, pairs_of_input=top_k)
             made.node(
                 nodes,
                 kernel,
