@@ -179,12 +179,9 @@ def main() -> None:
         "--resident", type=float, nargs="*", default=[0.25, 0.5], help="shares of the experts in memory"
     )
     parser.add_argument("--acceptance", type=float, default=0.8, help="of a draft")
-    parser.add_argument("--expert-bytes", type=int, default=13_200_000, help="of one expert (gpt-oss-20b in 4 bits)")
-    parser.add_argument("--dense-bytes", type=int, default=650_000_000, help="that every pass reads")
-    parser.add_argument("--memory", type=float, default=40e9, help="bytes per second")
-    parser.add_argument("--disk", type=float, default=1e9, help="bytes per second")
+    Costs.add_options(parser)
     options = parser.parse_args()
-    costs = Costs(options.expert_bytes, options.dense_bytes, options.memory, options.disk)
+    costs = Costs.of(options)
     document: dict[str, Any] = {}
     for path in options.traces:
         trace = load_trace(path).head(options.tokens)

@@ -49,6 +49,20 @@ class Costs:
     memory: float
     disk: float
 
+    @staticmethod
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        size = "of one expert (gpt-oss-20b in 4 bits)"
+        parser.add_argument("--expert-bytes", dest="expert", metavar="BYTES", type=int, default=13_200_000, help=size)
+        parser.add_argument(
+            "--dense-bytes", dest="dense", metavar="BYTES", type=int, default=650_000_000, help="that every pass reads"
+        )
+        parser.add_argument("--memory", type=float, default=40e9, help="bytes per second")
+        parser.add_argument("--disk", type=float, default=1e9, help="bytes per second")
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> "Costs":
+        return cls(options.expert, options.dense, options.memory, options.disk)
+
     def seconds(self, num_distinct: int, num_misses: int) -> float:
         return (self.dense + num_distinct * self.expert) / self.memory + num_misses * self.expert / self.disk
 
@@ -182,12 +196,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2000, help="of each trace, at most")
     parser.add_argument("--resident", type=float, default=0.25, help="share of the experts in memory")
     parser.add_argument("--rows", type=int, nargs="*", default=list(range(2, 9)))
-    parser.add_argument("--expert-bytes", type=int, default=13_200_000, help="of one expert (gpt-oss-20b in 4 bits)")
-    parser.add_argument("--dense-bytes", type=int, default=650_000_000, help="that every pass reads")
-    parser.add_argument("--memory", type=float, default=40e9, help="bytes per second")
-    parser.add_argument("--disk", type=float, default=1e9, help="bytes per second")
+    Costs.add_options(parser)
     options = parser.parse_args()
-    costs = Costs(options.expert_bytes, options.dense_bytes, options.memory, options.disk)
+    costs = Costs.of(options)
     found: dict[str, Any] = {}
     for path in options.traces:
         trace = load_trace(path).head(options.tokens)
