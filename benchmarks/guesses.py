@@ -21,17 +21,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from harness import HERE, finish
+from speculation import PROMPTS, speculator_of
 
 from offload_moe.checkpoint.tokenizer import load_tokenizer
 from offload_moe.convert.jobs import LOSSLESS
 from offload_moe.convert.sources import ensure_store
-from offload_moe.residency.counters import Counters
-from offload_moe.speculate.costs import PassCosts
 from offload_moe.speculate.guess import MOST_GUESSES, num_alike
 from offload_moe.speculate.ngram import NgramSource
-from offload_moe.speculate.speculator import PassCost, Speculator
+from offload_moe.speculate.speculator import PassCost
 
-PROMPTS, TEXTS, PROSE = HERE / "speculation_prompts.json", HERE / "guess_texts.json", HERE / "heldout.txt"
+TEXTS, PROSE = HERE / "guess_texts.json", HERE / "heldout.txt"
 PROSE_PROMPT = 300  # tokens
 PLAIN_S = 0.02
 
@@ -68,7 +67,7 @@ def texts(tokenizer: Any, num_tokens: int) -> Iterator[tuple[str, list[int], lis
 
 
 def replay(prompt: list[int], answer: list[int], row_cost: float) -> Outcome:
-    speculator = Speculator(NgramSource(), PassCosts(), Counters())
+    speculator = speculator_of(NgramSource(), is_governed=True)
     began = time.process_time()
     speculator.begin(prompt)
     prompt_s, began = time.process_time() - began, time.process_time()

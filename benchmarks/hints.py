@@ -28,15 +28,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from harness import finish
-from replay_rows import Costs, sequences_of
+from replay_rows import Costs, Machine, sequences_of
+from speculation import ACCEPTANCE
 
-from offload_moe.native.slot_table import SlotTable
 from offload_moe.profile.replay import acquire
 from offload_moe.profile.trace import Trace, load_trace
-from offload_moe.residency.policy import DEFAULT_POLICY, make_policy
-from offload_moe.residency.residency import Residency
 from offload_moe.speculate.places import Places
 
 Hint = dict[int, int]  # of a token of the trace, the one whose experts are expected
@@ -53,31 +50,16 @@ class Counts:
     num_misses: int = 0
 
 
-class Pool:
-    """The experts of a trace in as many slots as a share of them."""
-
-    def __init__(self, trace: Trace, share: float) -> None:
-        num_slots = max(trace.num_layers * trace.top_k, int(share * trace.keys.total))
-        policy = make_policy(DEFAULT_POLICY, trace.keys, num_slots=num_slots, layers=range(trace.num_layers))
-        self._residency = Residency(SlotTable(trace.keys.total, num_slots), policy)
-        first_keys = np.array([[trace.keys.first(layer)] for layer in range(trace.num_layers)])
-        self._keys: list[list[list[int]]] = (trace.experts + first_keys).tolist()
+class Pool(Machine):
+    """Whose experts can also be read ahead."""
 
     def missing(self, token: int) -> list[list[int]]:
         """Of each layer, the experts of a token that are not there."""
-        return [[key for key in keys if self._residency.find(key) is None] for keys in self._keys[token]]
+        return [[key for key in keys if self._residency.find(key) is None] for keys in self._keys[token].tolist()]
 
     def read(self, missing: Sequence[Sequence[int]]) -> None:
         for keys in missing:
             acquire(self._residency, keys)
-
-    def compute(self, token: int) -> int:
-        """Returns the misses of the pass."""
-        num_misses = 0
-        for layer, keys in enumerate(self._keys[token]):
-            self._residency.policy.access(layer, keys, None)
-            num_misses += len(keys) - acquire(self._residency, keys)
-        return num_misses
 
 
 def same_token(ids: Sequence[int]) -> Hint:
@@ -122,14 +104,12 @@ def by_draft(trace: Trace, acceptance: float) -> Hint:
     return {token: token if draw.random() < acceptance else draw.choice(numbers) for token in numbers}
 
 
-def replayed(trace: Trace, share: float, hint: Hint) -> Counts:
-    pool, counts = Pool(trace, share), Counts()
-    for token in range(trace.num_tokens):
-        pool.compute(token)
+def replayed(trace: Trace, share: float, costs: Costs, hint: Hint) -> Counts:
+    pool, counts = Pool(trace, share, costs), Counts()
     for token in range(trace.num_tokens):
         is_prompt = trace.is_prompt is not None and bool(trace.is_prompt[token])
         if is_prompt:
-            pool.compute(token)
+            pool.compute([token])
             continue
         wanted = {key for keys in pool.missing(token) for key in keys}
         expected = pool.missing(hint[token]) if token in hint else []
@@ -138,7 +118,7 @@ def replayed(trace: Trace, share: float, hint: Hint) -> Counts:
         counts.num_missing += len(wanted)
         counts.num_read_ahead += sum(map(len, expected))
         counts.num_useful += sum(key in wanted for keys in expected for key in keys)
-        counts.num_misses += pool.compute(token)
+        counts.num_misses += pool.compute([token]).num_misses
     return counts
 
 
@@ -154,11 +134,11 @@ def compared(trace: Trace, share: float, costs: Costs, acceptance: float) -> dic
     hints = {"draft": by_draft(trace, acceptance)}
     if trace.token_ids is not None:
         hints |= {"same token": by_ids(trace, same_token), "same text": by_ids(trace, same_text)}
-    plain = replayed(trace, share, {})
+    plain = replayed(trace, share, costs, {})
     plain_times = times(trace, plain, costs)
     found: dict[str, Any] = {"none": {"misses": plain.num_misses / plain.num_tokens}}
     for name, hint in hints.items():
-        counts = replayed(trace, share, hint)
+        counts = replayed(trace, share, costs, hint)
         alone, beside = (before / after for before, after in zip(plain_times, times(trace, counts, costs), strict=True))
         found[name] = {
             "recall": counts.num_useful / max(counts.num_missing, 1),
@@ -178,7 +158,7 @@ def main() -> None:
     parser.add_argument(
         "--resident", type=float, nargs="*", default=[0.25, 0.5], help="shares of the experts in memory"
     )
-    parser.add_argument("--acceptance", type=float, default=0.8, help="of a draft")
+    parser.add_argument("--acceptance", type=float, default=ACCEPTANCE, help="of a draft")
     Costs.add_options(parser)
     options = parser.parse_args()
     costs = Costs.of(options)

@@ -71,10 +71,6 @@ class CardForward(Seam):
         places = [cache.get_seq_length() for cache in caches]
         return self._output(plan.card.run(ids, places, caches, wanted), several, wanted)
 
-    def takes(self, cache: Any, num_tokens: int) -> bool:
-        """As of every seam. Makes the graphs for so many rows at their first use, before anything is timed."""
-        return super().takes(cache, num_tokens) and self.has_graphs(num_tokens)
-
     def has_graphs(self, num_rows: int) -> bool:
         return self.plan.card.has_graphs(num_rows)
 

@@ -74,10 +74,12 @@ class Seam:
     def takes(self, cache: Any, num_tokens: int) -> bool:
         """Whether the next tokens of a sequence go through the plan now, with the bits of each alone."""
         plan = self.plan
-        return num_tokens <= MAX_ROWS and self._is_usual({}) and plan.fits(cache, num_tokens) and plan.bypass.is_clear
+        is_clear = self._is_usual({}) and plan.fits(cache, num_tokens) and plan.bypass.is_clear
+        return num_tokens <= MAX_ROWS and is_clear and self.has_graphs(num_tokens)
 
     def has_graphs(self, num_rows: int) -> bool:
-        """Whether a pass may have so many rows; on a card, graphs for them are made at the first use."""
+        """Whether a pass may have so many rows; on a card, graphs for them are made at the first use, before
+        anything is timed."""
         return num_rows <= MAX_ROWS
 
     def _pass(

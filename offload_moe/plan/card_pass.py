@@ -7,7 +7,7 @@ of a row, H hidden.
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -21,9 +21,6 @@ from offload_moe.families.read_layer import layer_spec
 from offload_moe.families.text_model import TextModel
 from offload_moe.native.constants import MAX_ROWS
 from offload_moe.plan.attention_work import out_features
-
-if TYPE_CHECKING:
-    pass
 
 GRAPH_NODE_BYTES = 16 << 10  # of the card's memory, for one launch in an executable graph: assumed, never measured
 NODES_OF_ENDS = 6  # of a token: embedding; last norm, head, greatest logits, choice, end of the pass

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
@@ -51,15 +52,25 @@ def guesses(trace: Trace) -> Guesses | None:
 
 def _passes(ids: Sequence[int], is_prompt: Sequence[bool]) -> Iterator[tuple[int, int]]:
     """Of each pass of a sequence: the kind of its guesses, -1 for none, and how many were right."""
-    source, guess, num_right = NgramSource(), None, 0
-    for token, is_given in zip(ids, is_prompt, strict=True):
+    source = NgramSource()
+    for is_given, run in groupby(range(len(ids)), is_prompt.__getitem__):
+        places = [*run]
+        if is_given:
+            source.begin(ids[: places[-1] + 1])
+        else:
+            yield from _answer_passes(source, ids[places[0] : places[-1] + 1])
+
+
+def _answer_passes(source: NgramSource, tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
+    guess, num_right = None, 0
+    for token in tokens:
         source.take(token)
-        if guess is not None and not is_given and guess.tokens[num_right : num_right + 1] == (token,):
+        if guess is not None and guess.tokens[num_right : num_right + 1] == (token,):
             num_right += 1
             continue
         if guess is not None:
             yield guess.kind if guess.tokens else -1, num_right
-        guess, num_right = None if is_given else source.guess(MOST_GUESSES), 0
+        guess, num_right = source.guess(MOST_GUESSES), 0
     if guess is not None:
         yield guess.kind if guess.tokens else -1, num_right
 

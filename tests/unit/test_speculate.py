@@ -247,6 +247,16 @@ def test_a_recorded_answer_is_guessed_afterwards() -> None:
     assert guesses(trace_of([1, 2], [])) is None
 
 
+def test_a_recorded_prompt_is_read_as_at_the_begin_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is learned from it, and its places are those of a prompt."""
+    begun, taken = [], []
+    begin, take = NgramSource.begin, NgramSource.take
+    monkeypatch.setattr(NgramSource, "begin", lambda source, ids: (begun.append([*ids]), begin(source, ids))[1])
+    monkeypatch.setattr(NgramSource, "take", lambda source, token: (taken.append(token), take(source, token))[1])
+    assert guesses(trace_of([1, 2, 1, 2], [1, 3]))
+    assert (begun, taken) == ([[1, 2, 1, 2]] * 2, [1, 3] * 2)
+
+
 def shared(governor: RowGovernor, num_ready: int, num_tokens: int, cost: Cost) -> tuple[float, list[int]]:
     """Seconds of so many tokens of answers that are all ready, and the rows of each pass."""
     spent, made = 0.0, list[int]()
