@@ -25,6 +25,8 @@ def header_end(beginning: bytes, what: str) -> int | None:
         walk.header()
     except _Beyond:
         return None
+    except RecursionError as error:
+        raise CheckpointError(f"{what} is damaged: arrays of its metadata are nested without end.") from error
     return walk.at
 
 

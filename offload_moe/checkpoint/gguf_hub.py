@@ -70,7 +70,7 @@ class HubGguf:
                 return beginning[:end]
             if num_bytes >= min(whole, MOST):
                 raise CheckpointError(f"{file} of {self.repository.repo_id} is damaged: its header does not end.")
-            num_bytes *= 4
+            num_bytes = min(4 * num_bytes, MOST)
 
 
 def find_gguf(name: str, *, revision: str | None, token: str | None) -> HubGguf:

@@ -2,16 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from offload_moe.checkpoint.generation import GENERATION_CONFIG, load_generation_config
 from offload_moe.checkpoint.source import metadata_files
 from offload_moe.checkpoint.tokenizer import damaged_file, load_tokenizer, tokenizer_notices
 from offload_moe.errors import CheckpointError
 from offload_moe.families.text_model import TextModel
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

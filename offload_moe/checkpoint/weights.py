@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,9 +18,6 @@ from offload_moe.checkpoint.tensors import TensorSource, row_runs
 from offload_moe.checkpoint.ties import untie
 from offload_moe.errors import CheckpointError
 from offload_moe.families.text_model import TextModel
-
-if TYPE_CHECKING:
-    pass
 
 COMPARED_BYTES = 1 << 22  # read at a time of a tensor, for each byte of a number
 

@@ -53,12 +53,21 @@ def local_gguf(
     Raises: CheckpointError for parts that are missing, and what `download_gguf` raises.
     """
     commit = None
-    if split_gguf_name(str(source)) is not None and not Path(source).exists():
+    if _is_on_hub(source):
         source, commit = download_gguf(
             str(source), revision=revision, token=token, keeps_bits=keeps_bits, progress=progress
         )
     path = user_path(source)
     return parts_beside(path.absolute()) if is_gguf(path) else (), commit
+
+
+def names_gguf(source: str | Path) -> bool:
+    """Whether a source is a GGUF file, on the disk or the hub."""
+    return is_gguf(user_path(source)) or _is_on_hub(source)
+
+
+def _is_on_hub(source: str | Path) -> bool:
+    return split_gguf_name(str(source)) is not None and not user_path(source).exists()
 
 
 def small_files_of(parts: tuple[Path, ...], name: str, commit: str | None, stack: ExitStack) -> Source:

@@ -15,7 +15,7 @@ from offload_moe.checkpoint.source import Source, open_download, resolve_source
 from offload_moe.convert.choose_weighing import WeighingOptions
 from offload_moe.convert.description import Chosen, manifest_of, settings_of
 from offload_moe.convert.gguf import plan_same_bits
-from offload_moe.convert.gguf_source import local_gguf, small_files_of
+from offload_moe.convert.gguf_source import local_gguf, names_gguf, small_files_of
 from offload_moe.convert.jobs import LOSSLESS, MXFP4, Job, plan_conversion
 from offload_moe.convert.source_shards import SourceShards
 from offload_moe.errors import ConfigError
@@ -88,9 +88,9 @@ def quantize(
     target = Path(store)
     check_target(target)
     lora = None if adapter is None else Adapter(user_path(adapter))
-    gguf, commit = local_gguf(source, revision=revision, token=token, keeps_bits=codec is None, progress=progress)
-    if gguf and codec is None:
+    if codec is None and names_gguf(source):  # before a download, too
         _check_keeps_bits(dense_codec, has_adapter=lora is not None)
+    gguf, commit = local_gguf(source, revision=revision, token=token, keeps_bits=codec is None, progress=progress)
     with ExitStack() as stack:
         download = None
         if delete_source_shards:

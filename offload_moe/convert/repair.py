@@ -139,6 +139,8 @@ def _origin(store: Store, source: str | Path | None) -> tuple[str | Path, str | 
 def has_known_source(store: Store) -> bool:
     """Whether the checkpoint is found by its name in the manifest: on the hub, or a GGUF file that is still there."""
     source = store.source
+    if source.endswith(".gguf") and split_gguf_name(source) is None:  # else `folder/file.gguf` would be a hub id
+        return is_gguf(user_path(source))
     return looks_like_hub_id(source) or split_gguf_name(source) is not None or is_gguf(user_path(source))
 
 

@@ -1,6 +1,7 @@
 """GGUF files on the hub before they are downloaded: plan, info, and what is refused, out of their headers alone."""
 
 import json
+import struct
 from pathlib import Path
 
 import gguf
@@ -9,7 +10,7 @@ import pytest
 from offload_moe.checkpoint import gguf_hub
 from offload_moe.checkpoint.gguf_header import header_end
 from offload_moe.convert.quantize import quantize
-from offload_moe.errors import CheckpointError
+from offload_moe.errors import CheckpointError, ConfigError
 from offload_moe.plan.machine import Machine
 from offload_moe.plan.plan import make_plan
 from tests.support.cli import load_cli
@@ -91,6 +92,15 @@ def test_types_that_have_no_kernel_are_refused_before_the_download(
         quantize(NAME, tmp_path / "store", codec="int8")
 
 
+def test_options_that_cannot_be_had_are_refused_before_the_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hub_in_use(repository(tmp_path / "repository").parent, tmp_path / "hub", monkeypatch) as hub:
+        with pytest.raises(ConfigError, match="keeps the types of all its matrices"):
+            quantize(NAME, tmp_path / "store", dense_codec="int8")
+        assert sent(hub) == 0
+
+
 def test_where_a_header_ends(tmp_path: Path) -> None:
     path = repository(tmp_path)
     data = path.read_bytes()
@@ -103,9 +113,22 @@ def test_where_a_header_ends(tmp_path: Path) -> None:
         header_end(b"PK12" + data[4:], "tiny")
     with pytest.raises(CheckpointError, match="of version 9; versions 2 and 3 are read"):
         header_end(data[:4] + b"\x09\0\0\0" + data[8:], "tiny")
+    count, nested = struct.pack("<Q", 1), struct.pack("<IQ", 9, 1) * 5000
+    with pytest.raises(CheckpointError, match="arrays of its metadata are nested without end"):
+        header_end(data[:8] + struct.pack("<Q", 0) + count + count + b"k" + struct.pack("<I", 9) + nested, "tiny")
     kind = data.index(b"general.architecture") + len("general.architecture")
     with pytest.raises(CheckpointError, match="its metadata has a value of type 77"):
         header_end(data[:kind] + b"\x4d\0\0\0" + data[kind + 4 :], "tiny")
+
+
+def test_no_more_than_the_limit_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = repository(tmp_path / "repository")
+    monkeypatch.setattr(gguf_hub, "MOST", 1500)
+    monkeypatch.setattr(gguf_hub, "header_end", lambda beginning, what: asked.append(len(beginning)))
+    asked: list[int] = []
+    with hub_in_use(path.parent, tmp_path / "hub", monkeypatch), pytest.raises(CheckpointError, match="does not end"):
+        make_plan(NAME, MACHINE)
+    assert asked == [gguf_hub.BEGINNING, gguf_hub.MOST]
 
 
 def test_a_header_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

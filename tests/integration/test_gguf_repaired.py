@@ -71,6 +71,15 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
     assert repair(store, find_damage(store), tmp_path / "elsewhere.gguf") == []
 
 
+def test_a_path_that_is_like_a_hub_id_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_model(tmp_path / "model", "qwen3_moe", **SMALL).path
+    monkeypatch.chdir(tmp_path)
+    store = damage(quantize(f"model/{path.name}", tmp_path / "store"))
+    assert has_known_source(store)
+    path.rename(tmp_path / "elsewhere.gguf")
+    assert not has_known_source(store)
+
+
 def test_a_file_of_the_hub_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_model(tmp_path / "repository", "qwen3_moe", **SMALL).path
     path.rename(path.with_name("tiny-Q4_K_M.gguf"))
