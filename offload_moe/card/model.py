@@ -107,16 +107,16 @@ def _decoder_layer(module: nn.Module) -> DecoderLayer:
     assert spec is not None
     if spec.router is None:
         return DecoderLayer(module=module, spec=spec, bound=None)
-    is_block = spec.router.scales_inputs  # whose adapter passes them on, as it is declared
-    experts = module.get_submodule(spec.experts.rpartition(".")[0] if is_block else spec.experts)
-    if isinstance(vars(experts).get("forward"), AdaptedForward) and not is_block:
+    experts = module.get_submodule(spec.bound_path)
+    is_declared = spec.router.scales_inputs  # what the adapter does besides passing on
+    if isinstance(vars(experts).get("forward"), AdaptedForward) and not is_declared:
         raise DevicePassUnavailable("experts with a forward of an adapter's own")
     return DecoderLayer(module=module, spec=spec, bound=bound_experts(experts))
 
 
 def _final_norm(module: Any, table: Tensor) -> Norm:
     spec = norm_spec(module)
-    if spec is None or (spec.is_centered and module.bias is None):
+    if spec is None:
         raise DevicePassUnavailable(f"a last norm that is a {type(module).__name__}")
     return norm_of(module, spec, table.shape[1], table.device)
 

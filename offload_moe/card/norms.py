@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offload_moe.errors import DevicePassUnavailable
 from offload_moe.families.layer_spec import NormSpec
 
 
@@ -24,9 +25,11 @@ def norm_at(layer: nn.Module, spec: NormSpec, columns: int) -> Norm:
 
 
 def norm_of(module: Any, spec: NormSpec, columns: int, device: torch.device) -> Norm:
-    """A module with the numbers that its declaration says."""
+    """A module with the numbers that its declaration says. Raises: DevicePassUnavailable."""
     if not spec.has_weight:
         return Norm(weight=torch.ones(columns, device=device), bias=None, epsilon=spec.epsilon)
+    if spec.is_centered and module.bias is None:
+        raise DevicePassUnavailable("a layer norm without a bias")
     weight = module.weight.detach().float()
     return Norm(
         weight=1.0 + weight if spec.is_from_one else weight,

@@ -40,9 +40,8 @@ class Stops:
         """
         self.count += 1
         notice, edits = self._tables.read_notice(), self._tables.edits
-        is_stepwise = bool(
-            notice.stop != MISSING_STOP
-        )  # more experts than slots: the CPU computes those that are missing
+        # More experts than slots: the CPU computes those that are missing.
+        is_stepwise: bool = notice.stop != MISSING_STOP
         if is_stepwise:
             edits.add("MODE", 1)
         else:

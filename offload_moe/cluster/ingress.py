@@ -10,14 +10,14 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from offload_moe.cluster.chains import chain_of
-from offload_moe.cluster.metrics import CONTENT_TYPE, Counts, metrics
+from offload_moe.cluster.metrics import Counts, metrics
 from offload_moe.cluster.passage import Passage
 from offload_moe.cluster.replicas import Replicas
 from offload_moe.serve.body import read_body
 from offload_moe.serve.config import ServeConfig
 from offload_moe.serve.errors import ApiError, closed
-from offload_moe.serve.security import Guard, api_of, path_of
-from offload_moe.serve.wire import encode, send_json, start
+from offload_moe.serve.security import HEALTH, Guard, api_of, path_of
+from offload_moe.serve.wire import METRICS_TYPE, encode, send_json, start
 
 
 class Ingress:
@@ -65,12 +65,12 @@ class Ingress:
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = path_of(scope)
         try:
-            if path == "/health":
+            if path == HEALTH:
                 health = {"status": self.state, "model": self.name, "replicas": len(self.replicas.router.names)}
                 await send_json(send, 503 if self.is_draining else 200, encode(health))
             elif path == "/metrics":
                 body = (await metrics(self.replicas, self.counts)).encode()
-                await start(send, 200, {"content-type": CONTENT_TYPE, "content-length": str(len(body))})
+                await start(send, 200, {"content-type": METRICS_TYPE, "content-length": str(len(body))})
                 await send({"type": "http.response.body", "body": body})
             else:
                 await self._pass(path, scope, receive, send)

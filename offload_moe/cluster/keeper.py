@@ -75,8 +75,10 @@ class Keeper:
                 await self._run(slot)
             except (RayError, OffloadMoeError) as error:
                 self._note(slot, error)
-            wait_s = LEAST_WAIT_S if time.monotonic() - began_at > STEADY_S else min(2 * wait_s, MOST_WAIT_S)
+            if time.monotonic() - began_at > STEADY_S:
+                wait_s = LEAST_WAIT_S
             await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, MOST_WAIT_S)
 
     async def _run(self, slot: Slot) -> None:
         """One replica, from its start to its end. Raises: RayError, OffloadMoeError."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from offload_moe.cluster.passage import Passage
 from offload_moe.cluster.replicas import Lost, Replicas
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "offload_moe_ingress_"
 LIMIT_S = 3.0
 SERIES = re.compile(r"(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)")

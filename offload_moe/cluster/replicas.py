@@ -73,7 +73,7 @@ class Replicas:
             this = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and this is not None and this.cancelling():
                 raise  # the client has left
-            raise Lost(f"Replica {name} is lost: {error or 'it has died'}.") from error
+            raise Lost(f"Replica {name} is lost: {str(error) or 'it has died'}.") from error
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)

@@ -70,8 +70,7 @@ def plain_block(layer: nn.Module, spec: LayerSpec) -> PlainBlock | None:
     """The parts of a layer's block; None where it is a dense MLP, or has a part that no kernel computes."""
     if spec.router is None:
         return None
-    path = spec.experts.rpartition(".")[0] if spec.router.scales_inputs else spec.experts
-    experts, router = layer.get_submodule(path), layer.get_submodule(spec.router.path)
+    experts, router = layer.get_submodule(spec.bound_path), layer.get_submodule(spec.router.path)
     forward = vars(router).get("forward")
     route = forward.kernel if isinstance(forward, StepRouter) else _route(layer, spec.router)
     # A forward of an adapter may do more than pass on what it is given; that of scaled inputs is declared.

@@ -12,6 +12,7 @@ from offload_moe.demo.write import write_checkpoint
 from offload_moe.system import paths
 from offload_moe.system.locks import lock_file
 from offload_moe.system.names import DEMOS
+from offload_moe.system.open_files import replace_file
 from offload_moe.system.progress import Progress, silent
 
 # Raise it when this code changes what it builds from the same files.
@@ -55,7 +56,7 @@ def _build(folder: Path, downloads: Path, progress: Progress) -> None:
     partial.mkdir()
     write_checkpoint(partial, dense, parse_split(split_bytes()), torch.bfloat16)
     _sync(partial)
-    os.replace(partial, folder)
+    replace_file(partial, folder)
     progress("demo model ready", 1.0)
 
 

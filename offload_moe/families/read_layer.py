@@ -197,7 +197,12 @@ def _mlp(layer: Any, path: str, activation: str, scale_gate: str = "") -> MLPSpe
 
 def _norm(module: Any, name: str, below: str = "") -> NormSpec | None:
     norm = _child(module, name)
-    return None if norm is None else norm_spec(norm, _join(below, name) if below else name)
+    if norm is None:
+        return None
+    spec = norm_spec(norm, _join(below, name) if below else name)
+    if spec is None:  # None would say that there is no norm
+        raise AttributeError(f"{type(norm).__name__} has neither variance_epsilon nor eps")
+    return spec
 
 
 def norm_spec(norm: Any, path: str = "") -> NormSpec | None:

@@ -117,7 +117,7 @@ class Reads:
         self._places[key] = place
 
     def trust(self) -> None:
-        """Count every checksum as compared: none is compared from now on."""
+        """Count every checksum as compared: none is compared from now on, unless a read goes wrong."""
         self._set_checked(True)
 
     def check_again(self) -> None:

@@ -19,10 +19,11 @@ from offload_moe.serve.config import ServeConfig
 from offload_moe.serve.errors import ApiError, api_error
 from offload_moe.serve.host import Host
 from offload_moe.serve.live import live
-from offload_moe.serve.metrics import CONTENT_TYPE, metrics
+from offload_moe.serve.metrics import metrics
 from offload_moe.serve.openapi import openapi
-from offload_moe.serve.security import Guard, api_of, path_of
+from offload_moe.serve.security import HEALTH, Guard, api_of, path_of
 from offload_moe.serve.static import page_routes
+from offload_moe.serve.wire import METRICS_TYPE
 
 Answer = Callable[[Host, Mapping[str, Any]], ASGIApp]
 
@@ -65,11 +66,11 @@ def model_name(source: str) -> str:
 def _routes(host: Host) -> list[Route]:
     routes = [
         *page_routes(),
-        _get("/health", lambda: JSONResponse(plain.health(host), 503 if host.state == "draining" else 200)),
+        _get(HEALTH, lambda: JSONResponse(plain.health(host), 503 if host.state == "draining" else 200)),
         _get("/v1/models", lambda: JSONResponse(plain.models(host))),
         _get("/props", lambda: JSONResponse(plain.props(host))),
         _get("/live", lambda: JSONResponse(live(host))),
-        _get("/metrics", lambda: PlainTextResponse(metrics(host), media_type=CONTENT_TYPE)),
+        _get("/metrics", lambda: PlainTextResponse(metrics(host), media_type=METRICS_TYPE)),
         _get("/openapi.json", lambda: JSONResponse(openapi())),
         _get("/favicon.ico", lambda: Response(status_code=204)),
         Route("/v1/models/{name:path}", _model(host), methods=["GET"]),

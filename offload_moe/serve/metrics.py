@@ -6,7 +6,6 @@ from offload_moe.serve.board import Histogram
 from offload_moe.serve.host import Host
 from offload_moe.serve.live import live
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "offload_moe_"
 FOUND = ("hits", "delayed", "misses")
 

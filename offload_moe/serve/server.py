@@ -109,7 +109,7 @@ def serve(host: "Host", listener: socket.socket, *, drain_s: float, on_ready: Ca
 
     The host is closed at the end.
     """
-    from offload_moe.serve.app import App  # with the engine, which an ingress does without
+    from offload_moe.serve.app import App  # with the engine: an address in use is an error before that is imported
 
     app = App(host)
     server = Server(app, host, drain_s)

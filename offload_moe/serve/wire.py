@@ -6,6 +6,7 @@ from typing import Any
 
 from starlette.types import Send
 
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SSE_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",

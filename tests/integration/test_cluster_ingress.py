@@ -132,12 +132,13 @@ def test_behind_the_first_token_a_loss_ends_the_stream_with_an_error(path: str, 
     async def test() -> None:
         script = Script(token(b"ha"), b'data: {"ha', ends="death" if ends == "death" else "silence")
         async with cluster(script, Script(token(b"no"))) as each:
-            answering = asyncio.create_task(each.post(path))
-            if ends == "removal":
-                await script.has_begun.wait()
-                await asyncio.sleep(0.05)
-                each.replicas.remove("r0")
-            first, last, rest = (await answering).text.split("\n\n")
+            async with each.client.stream("POST", path, json={}) as response:
+                parts = aiter(response.aiter_raw())
+                text = await anext(parts)
+                if ends == "removal":
+                    each.replicas.remove("r0")
+                text += b"".join([part async for part in parts])
+            first, last, rest = text.decode().split("\n\n")
             assert (first.encode() + b"\n\n", rest) == (token(b"ha"), "")
             name, _, data = last.rpartition("data: ")
             assert name == ("" if kind is None else f"event: {kind}\n")
@@ -274,13 +275,14 @@ def test_at_the_end_answers_are_waited_for_and_then_ended() -> None:
     async def test() -> None:
         script = Script(token(b"ha"), ends="silence")
         async with cluster(script) as each:
-            answering = asyncio.create_task(each.post())
-            await script.has_begun.wait()
-            await asyncio.sleep(0.05)
-            each.server.handle_exit(15, None)
-            assert (await each.client.get("/health")).status_code == 503
-            assert (await each.post()).json()["error"]["code"] == "shutting_down"
-            first, last, _ = (await answering).text.split("\n\n")
+            async with each.client.stream("POST", CHAT, json={}) as response:
+                parts = aiter(response.aiter_raw())
+                text = await anext(parts)
+                each.server.handle_exit(15, None)
+                assert (await each.client.get("/health")).status_code == 503
+                assert (await each.post()).json()["error"]["code"] == "shutting_down"
+                text += b"".join([part async for part in parts])
+            first, last, _ = text.decode().split("\n\n")
             assert first.encode() + b"\n\n" == token(b"ha")
             assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
 

@@ -160,6 +160,13 @@ def test_a_declared_setting_that_a_module_lacks_is_an_error() -> None:
         layer_spec(layer)
 
 
+def test_a_norm_without_an_epsilon_is_no_missing_norm() -> None:
+    layer: Any = random_model("SolarOpenDecoderLayer").model.layers[0]
+    del layer.input_layernorm.variance_epsilon
+    with pytest.raises(AttributeError, match="has neither variance_epsilon nor eps"):
+        layer_spec(layer)
+
+
 @pytest.mark.parametrize("class_name", sorted(LAYERS))
 def test_what_the_kernels_compute_of_a_class_follows_from_its_usual_spec(class_name: str) -> None:
     """With the family's own settings, not those that the comparisons above use."""

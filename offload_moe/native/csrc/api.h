@@ -163,7 +163,7 @@
     FIELD(T, int64_t, part_bytes, ) FIELD(T, int64_t, prefetch_part_bytes, ) \
     FIELD(T, int64_t, num_keys, ) \
     FIELD(T, const om_place *, places, ) /* by key; num_bytes is 0 until it is set: token passes do not fetch such experts */ \
-    FIELD(T, uint8_t *, is_checked, ) /* by key: whether its checksum was compared */ \
+    FIELD(T, uint8_t *, is_checked, ) /* by key: whether its checksum was compared; not read once a read went wrong */ \
     FIELD(T, int64_t *, counts, ) /* [2]: completions to drain, calls of `om_reads_wake` */ \
     FIELD(T, int64_t, scratch_bytes, ) /* that `om_repack` needs for these places */ \
     FIELD(T, int32_t, num_threads, )

@@ -88,7 +88,7 @@ OM_DEVICE float own_exp(float t) {
     return __fmul_rn(p, __uint_as_float((__float_as_uint(shifted) << 23) + 0x3f800000u));
 }
 
-/* Of finite positive numbers that are not subnormal. */
+/* `om_log` of csrc/arithmetic.h, for finite positive numbers that are not subnormal. */
 OM_DEVICE float own_log(float x) {
     const u32 bits = __float_as_uint(x);
     const float m = __uint_as_float((bits & 0x007fffffu) | 0x3f000000u); /* in [0.5, 1) */
