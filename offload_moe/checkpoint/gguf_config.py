@@ -152,12 +152,7 @@ def _deepseek(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
         "architectures": ["DeepseekV3ForCausalLM" if is_v3 else "DeepseekV2ForCausalLM"],
         "num_key_value_heads": reader.number("attention.head_count"),
         "head_dim": rotated,
-        "n_routed_experts": reader.number("expert_count"),
-        "n_shared_experts": reader.number("expert_shared_count"),
-        "moe_intermediate_size": reader.number("expert_feed_forward_length"),
-        "first_k_dense_replace": reader.number("leading_dense_block_count"),
-        "routed_scaling_factor": reader.get("expert_weights_scale") or 1.0,
-        "norm_topk_prob": bool(reader.get("expert_weights_norm")),
+        **_beside_shared_experts(reader),
         "n_group": reader.get("expert_group_count") or (8 if is_v3 else 1),
         "topk_group": reader.get("expert_group_used_count") or (4 if is_v3 else 1),
         "q_lora_rank": reader.get("attention.q_lora_rank"),
@@ -166,6 +161,17 @@ def _deepseek(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
         "qk_nope_head_dim": reader.number(f"attention.key_length{key}") - rotated,
         "v_head_dim": reader.number(f"attention.value_length{key}"),
         "rope_parameters": _deepseek_rope(reader),
+    }
+
+
+def _beside_shared_experts(reader: Reader) -> dict[str, Any]:
+    return {
+        "n_routed_experts": reader.number("expert_count"),
+        "n_shared_experts": reader.number("expert_shared_count"),
+        "moe_intermediate_size": reader.number("expert_feed_forward_length"),
+        "first_k_dense_replace": reader.number("leading_dense_block_count"),
+        "routed_scaling_factor": reader.get("expert_weights_scale") or 1.0,
+        "norm_topk_prob": bool(reader.get("expert_weights_norm")),
     }
 
 
@@ -185,12 +191,7 @@ def _glm4_moe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
         "model_type": "glm4_moe",
         "architectures": ["Glm4MoeForCausalLM"],
         "num_hidden_layers": reader.number("block_count") - (reader.get("nextn_predict_layers") or 0),
-        "n_routed_experts": reader.number("expert_count"),
-        "n_shared_experts": reader.number("expert_shared_count"),
-        "moe_intermediate_size": reader.number("expert_feed_forward_length"),
-        "first_k_dense_replace": reader.number("leading_dense_block_count"),
-        "routed_scaling_factor": reader.get("expert_weights_scale") or 1.0,
-        "norm_topk_prob": bool(reader.get("expert_weights_norm")),
+        **_beside_shared_experts(reader),
         "n_group": reader.get("expert_group_count") or 1,
         "topk_group": reader.get("expert_group_used_count") or 1,
         "attention_bias": "blk.0.attn_q.bias" in shapes,
@@ -228,12 +229,7 @@ def _dots1(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, A
     return {
         "model_type": "dots1",
         "architectures": ["Dots1ForCausalLM"],
-        "n_routed_experts": reader.number("expert_count"),
-        "n_shared_experts": reader.number("expert_shared_count"),
-        "moe_intermediate_size": reader.number("expert_feed_forward_length"),
-        "first_k_dense_replace": reader.number("leading_dense_block_count"),
-        "routed_scaling_factor": reader.get("expert_weights_scale") or 1.0,
-        "norm_topk_prob": bool(reader.get("expert_weights_norm")),
+        **_beside_shared_experts(reader),
         "n_group": 1,
         "topk_group": 1,
         "sliding_window": None,
@@ -306,6 +302,7 @@ def _ernie_moe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     }
 
 
+# By llama.cpp's names: `llama` is Mixtral here, `deepseek2` any DeepSeek since V2; a dense model is refused later.
 CONFIGS: Mapping[str, Callable[[Reader, Mapping[str, tuple[int, ...]]], dict[str, Any]]] = {
     "llama": _mixtral,
     "qwen2moe": _qwen2_moe,

@@ -5,11 +5,6 @@ Source: gguf-py, gguf/constants.py and tensor_mapping.py; llama.cpp, convert_hf_
 
 import re
 
-# llama.cpp's names: `llama` is Mixtral here, `deepseek2` any DeepSeek since V2; a dense model is refused later.
-ARCHITECTURES = (
-    *("llama", "qwen2moe", "qwen3moe", "olmoe", "deepseek2", "glm4moe", "gpt-oss"),
-    *("minimax-m2", "dots1", "granitemoe", "hunyuan-moe", "ernie4_5-moe", "lfm2moe", "qwen3vlmoe"),
-)
 PERMUTED = ("llama", "granitemoe")  # rows of query and key are in the order of another rotary embedding
 
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}

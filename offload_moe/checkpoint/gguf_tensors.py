@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from offload_moe.checkpoint.gguf_config import CONFIGS
 from offload_moe.checkpoint.gguf_experts import GgufExperts, stacked
 from offload_moe.checkpoint.gguf_file import GgufTensor, read_gguf
-from offload_moe.checkpoint.gguf_names import ARCHITECTURES
 from offload_moe.checkpoint.gguf_parts import GgufPart, parts
 from offload_moe.checkpoint.gguf_split import PART, parts_beside
 from offload_moe.checkpoint.header import TensorEntry
@@ -29,9 +29,9 @@ class GgufTensors:
         """Open the files of one model. Raises: CheckpointError for an unknown architecture."""
         self.paths = paths
         architecture, tensors = read_gguf(self.paths)
-        if architecture not in ARCHITECTURES:
+        if architecture not in CONFIGS:
             raise CheckpointError(
-                f"{self.paths[0]} is a GGUF file of architecture {architecture!r}; {', '.join(ARCHITECTURES)} can be "
+                f"{self.paths[0]} is a GGUF file of architecture {architecture!r}; {', '.join(CONFIGS)} can be "
                 "read. Use a safetensors version of the model."
             )
         self.stored: Mapping[str, GgufTensor | GgufExperts] = stacked(tensors)

@@ -60,8 +60,8 @@ def brings_mtp(config: "PreTrainedConfig", names: Collection[str]) -> bool:
     if form is None:
         return False
     counts = [count for name in COUNTS if (count := getattr(text, name, None)) is not None]
-    sign = form.sign.format(first=text.num_hidden_layers)
-    return bool(max(counts, default=form.number)) and (not names or any(name.endswith(sign) for name in names))
+    is_there = not names or "eh_proj.weight" in form.parts(text.num_hidden_layers, names)
+    return bool(max(counts, default=form.number)) and is_there
 
 
 class MtpWeights(ModelWeights):

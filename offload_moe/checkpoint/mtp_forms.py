@@ -22,25 +22,22 @@ class MtpForm:
     """One form.
 
     place: a pattern of where its tensors are, `{first}` the number of the model's layers; its group is the rest of a
-    name. names: of parts of the module, by the rest; those of the decoder layer are found by `layer`, which stands
-    before them. sign: how the name of one of its tensors ends. number: how many there are where a config says nothing.
-    settings: of a config of the module's family with that layer alone.
+    name. names: of parts of the module, by the rest. decoder: what stands in the module before all other names.
+    number: how many such layers there are where a config says nothing. settings: of a config of the module's family
+    with that layer alone.
     """
 
     place: str
     names: Mapping[str, str]
-    layer: str = ""
-    sign: str
+    decoder: str
     number: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def parts(self, first: int | None, names: Collection[str]) -> dict[str, str]:
         """Names in the module -> those in the checkpoint, of the tensors that are in this form."""
         found = ((re.fullmatch(self.place.format(first=first), name), name) for name in names)
-        return {self._part(match[1]): name for match, name in found if match is not None}
-
-    def _part(self, rest: str) -> str:
-        return self.names.get(rest) or f"model.layers.{'' if self.layer else '0.'}{rest.removeprefix(self.layer)}"
+        rests = ((match[1], name) for match, name in found if match is not None)
+        return {self.names.get(rest) or self.decoder + rest: name for rest, name in rests}
 
 
 BEHIND = MtpForm(  # as one more decoder layer, which has the other parts, too
@@ -52,7 +49,7 @@ BEHIND = MtpForm(  # as one more decoder layer, which has the other parts, too
         "embed_tokens.weight": EMBEDDING,  # too
         "final_layernorm.weight": NORM,
     },
-    sign="layers.{first}.eh_proj.weight",
+    decoder="model.layers.0.",
     settings={"first_k_dense_replace": 0, "mlp_layer_types": ["sparse"]},  # families have the one or the other
 )
 APART = MtpForm(  # a small model of its own
@@ -61,10 +58,8 @@ APART = MtpForm(  # a small model of its own
         "pre_fc_norm_embedding.weight": "enorm.weight",
         "pre_fc_norm_hidden.weight": "hnorm.weight",
         "fc.weight": "eh_proj.weight",
-        "norm.weight": NORM,
     },
-    layer="layers.",
-    sign="mtp.fc.weight",
+    decoder="model.",
     number=1,
     settings={"layer_types": ["full_attention"], "mlp_only_layers": [], "decoder_sparse_step": 1},
 )

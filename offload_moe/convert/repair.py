@@ -23,7 +23,7 @@ from offload_moe.store.manifest_json import read_manifest
 from offload_moe.store.plan import Blob, header_of
 from offload_moe.store.reading import forget_cached
 from offload_moe.store.writer import Payload
-from offload_moe.system.names import looks_like_hub_id, split_gguf_name
+from offload_moe.system.names import names_hub, split_gguf_name
 from offload_moe.system.open_files import WRITING, open_descriptor
 from offload_moe.system.paths import user_path
 from offload_moe.system.progress import Progress, silent
@@ -141,7 +141,7 @@ def has_known_source(store: Store) -> bool:
     source = store.source
     if source.endswith(".gguf") and split_gguf_name(source) is None:  # else `folder/file.gguf` would be a hub id
         return is_gguf(user_path(source))
-    return looks_like_hub_id(source) or split_gguf_name(source) is not None or is_gguf(user_path(source))
+    return names_hub(source) or is_gguf(user_path(source))
 
 
 def _jobs(store: Store, checkpoint: Checkpoint) -> list[Job]:

@@ -8,7 +8,7 @@ from typing import Any
 from offload_moe.quant import LEAST_ERROR
 from offload_moe.store.in_place import GGUF
 from offload_moe.store.journal import JOURNAL_NAME
-from offload_moe.system.names import looks_like_hub_id, split_gguf_name
+from offload_moe.system.names import names_hub
 
 AUTO = "auto"  # as a text of a calibration: the built-in one
 FLAGS = {"text": "--calibrate", "imatrix": "--imatrix"}  # by the kind of importances
@@ -44,8 +44,7 @@ def resume_advice(folder: Path) -> str:
         named.append(f"{adapter}: the folder of the adapter")
     arguments += _flag("--revision", _text(begun, "revision"))
     arguments += ["--delete-source-shards"] if begun.get("--delete-source-shards") else []
-    is_on_hub = looks_like_hub_id(source) or split_gguf_name(source) is not None
-    if not is_on_hub and Path(source).suffix.lower() != ".gguf":
+    if not names_hub(source) and Path(source).suffix.lower() != ".gguf":
         named.insert(0, f"{source}: the folder of the checkpoint")
     more = f" ({'; '.join(named)})" if named else ""
     return f"Resume it with: offload-moe quantize {shlex.join(arguments)}{more}"

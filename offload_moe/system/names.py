@@ -30,6 +30,11 @@ def split_gguf_name(name: str) -> tuple[str, str] | None:
     return None if wanted.startswith("/") else (repo_id, wanted)
 
 
+def names_hub(text: str) -> bool:
+    """Whether `text` may be on the hub: a repository, or a GGUF file of one."""
+    return looks_like_hub_id(text) or split_gguf_name(text) is not None
+
+
 def hub_name(source: str | Path, revision: str | None = None) -> tuple[str | Path, str | None]:
     """A hub URL as id and revision; any other source unchanged.
 
@@ -98,7 +103,7 @@ def check_model(name: str | Path, revision: str | None = None) -> None:
     Raises: CheckpointError when it cannot; ConfigError as `hub_name`.
     """
     source, _ = hub_name(name, revision)
-    if source == DEMO or looks_like_hub_id(str(source)) or resolve(source).exists() or split_gguf_name(str(source)):
+    if source == DEMO or names_hub(str(source)) or resolve(source).exists():
         return
     raise CheckpointError(
         f"{name} is neither a file or folder, nor a hub id like organisation/model, nor {DEMO!r}, nor a name that "
@@ -108,8 +113,7 @@ def check_model(name: str | Path, revision: str | None = None) -> None:
 
 def check_source(source: str | Path) -> None:
     """Check that `source` can be converted. Raises: CheckpointError."""
-    is_on_hub = looks_like_hub_id(str(source)) or split_gguf_name(str(source)) is not None
-    if not user_path(source).exists() and not is_on_hub:
+    if not user_path(source).exists() and not names_hub(str(source)):
         raise CheckpointError(f"{source} is neither a folder nor a hub id like organisation/model. Check the path.")
 
 

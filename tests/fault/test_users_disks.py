@@ -10,8 +10,10 @@ import pytest
 from offload_moe.convert.quantize import quantize
 from offload_moe.convert.repair import find_damage
 from offload_moe.store import Store
+from tests.fault.test_users_machines import content
 from tests.support.chat import chat_store
 from tests.support.checkpoints import write_checkpoint
+from tests.support.cli import INSTALLED
 from tests.support.unreliable import Done, on_a_disk
 
 pytestmark = [
@@ -35,7 +37,6 @@ try:
 except OffloadMoeError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
-COMMAND = "import sys; from tests.support.cli import load_cli; sys.exit(load_cli().main(sys.argv[1:]))"
 # Rare enough for four threads that a read which is tried again is not hit again.
 AT_TIMES = [
     pytest.param({"delay": 3000}, "delayed", id="slow"),
@@ -81,7 +82,7 @@ def test_an_answer_is_the_same(disk: dict[str, int], what: str, store: Path, ans
 def test_a_disk_that_stays_wrong_is_named(
     under: str, disk: dict[str, int], words: list[str], store: Path, tmp_path: Path
 ) -> None:
-    done = on_a_disk(tmp_path, COMMAND, "run", str(store), "Hi.", "--ram", "1GiB", under=under, **disk)
+    done = on_a_disk(tmp_path, INSTALLED, "run", str(store), "Hi.", "--ram", "1GiB", under=under, **disk)
     assert (done.status, done.out) == (1, "")
     assert done.error.startswith("error: ")
     for word in (under, *words):
@@ -101,13 +102,9 @@ def undisturbed(checkpoint: Path) -> dict[str, bytes]:
     return content(quantize(checkpoint, checkpoint.parent / "undisturbed", codec="nf4"))
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def convert(checkpoint: Path, store: Path, under: Path, **disk: int) -> Done:
     arguments = ("quantize", str(checkpoint), str(store), "--codec", "nf4")
-    return on_a_disk(store.parent, COMMAND, *arguments, under=f"{under}/", **disk)
+    return on_a_disk(store.parent, INSTALLED, *arguments, under=f"{under}/", **disk)
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from offload_moe.convert.quantize import quantize
+from tests.fault.test_users_machines import content
 from tests.support.chat import chat_store
 from tests.support.checkpoints import write_checkpoint
-from tests.support.cli import ROOT, command, environment
+from tests.support.cli import INSTALLED, ROOT, command, environment
 from tests.support.terminal import Terminal
 from tests.support.unreliable import library
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="signals, LD_PRELOAD")]
-COMMAND = "import sys; from tests.support.cli import load_cli; sys.exit(load_cli().main(sys.argv[1:]))"
 LIMIT_S = 60
 SUSPENDED_S = 3.0
 ENDS = [pytest.param(signal.SIGTERM, 143, id="SIGTERM"), pytest.param(signal.SIGHUP, 129, id="SIGHUP")]
@@ -85,7 +85,7 @@ def ended(process: "subprocess.Popen[str]", number: int) -> tuple[int, list[str]
 @pytest.mark.parametrize(("number", "status"), ENDS)
 def test_an_answer_ends(number: int, status: int, store: Path, tmp_path: Path) -> None:
     flags = ("--ram", "1GiB", "--max-new-tokens", "15000", "--context", "16384")
-    with started(tmp_path, COMMAND, "run", str(store), "Hi.", *flags) as process:
+    with started(tmp_path, INSTALLED, "run", str(store), "Hi.", *flags) as process:
         assert process.stdout is not None
         assert process.stdout.read(3)
         found, lines = ended(process, number)
@@ -93,7 +93,7 @@ def test_an_answer_ends(number: int, status: int, store: Path, tmp_path: Path) -
 
 
 def test_under_nohup_an_answer_goes_on(store: Path, tmp_path: Path) -> None:
-    ignoring = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); {COMMAND}"
+    ignoring = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); {INSTALLED}"
     with started(tmp_path, ignoring, "run", str(store), "Hi.", "--ram", "1GiB", "--max-new-tokens", "400") as process:
         assert process.stdout is not None
         assert process.stdout.read(3)
@@ -132,7 +132,7 @@ def test_a_conversion_ends_and_is_resumed(number: int, status: int, tmp_path: Pa
     undisturbed = quantize(tmp_path / "model", tmp_path / "undisturbed", codec="nf4")
     disk = SLOW_DISK | {"LD_PRELOAD": str(library()), "UNRELIABLE_UNDER": f"{tmp_path}/model/"}
     arguments = ("quantize", str(tmp_path / "model"), str(tmp_path / "store"), "--codec", "nf4")
-    with started(tmp_path, COMMAND, *arguments, **disk) as process:
+    with started(tmp_path, INSTALLED, *arguments, **disk) as process:
         wait_for(tmp_path / "store")
         found, lines = ended(process, number)
     assert (found, lines[-2]) == (status, "Stopped. The same command resumes the conversion.")
@@ -184,17 +184,14 @@ def suspend(process: "subprocess.Popen[str]") -> None:
 def wait_for(store: Path) -> None:
     """Until a record is written."""
     deadline = time.monotonic() + LIMIT_S
-    while not any(path.stat().st_size for path in store.glob("*.part")) and time.monotonic() < deadline:
+    while not any(path.stat().st_size for path in store.glob("*.part")):
+        assert time.monotonic() < deadline, "no record was written"
         time.sleep(0.02)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @contextmanager
 def serving(store: Path, folder: Path) -> "Iterator[tuple[subprocess.Popen[str], int]]":
-    with started(folder, COMMAND, "serve", str(store), "--port", "0", "--ram", "2GiB") as process:
+    with started(folder, INSTALLED, "serve", str(store), "--port", "0", "--ram", "2GiB") as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         yield process, int(line.partition("127.0.0.1:")[2].split()[0])

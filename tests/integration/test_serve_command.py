@@ -22,9 +22,8 @@ from offload_moe.errors import ConfigError
 from offload_moe.serve.host import Host
 from offload_moe.system.durations import parse_duration
 from tests.support.chat import chat_store
-from tests.support.cli import ROOT, environment, load_cli
+from tests.support.cli import INSTALLED, ROOT, environment, load_cli
 
-CLI = "import sys; from tests.support.cli import load_cli; sys.exit(load_cli().main(sys.argv[1:]))"
 READY = re.compile(r"(\S+) is served at http://127\.0\.0\.1:(\d+) ")
 LIMIT_S = 60
 
@@ -37,7 +36,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(store: Path, *flags: str) -> "subprocess.Popen[str]":
     arguments = ["serve", str(store), "--port", "0", "--ram", "2GiB", *flags]
     return subprocess.Popen(
-        [sys.executable, "-c", CLI, *arguments],
+        [sys.executable, "-c", INSTALLED, *arguments],
         cwd=ROOT,
         env=environment(store.parent),
         stdout=subprocess.PIPE,

@@ -10,6 +10,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+# For `python -c`: over real models, as installed.
+INSTALLED = "import sys; from tests.support.cli import load_cli; sys.exit(load_cli().main(sys.argv[1:]))"
 
 
 def load_cli() -> ModuleType:
