@@ -19,9 +19,9 @@ import psutil
 import pytest
 
 from offload_moe import load
-from tests.integration.test_serve_command import CLI, READY
+from tests.integration.test_serve_command import READY
 from tests.support.chat import chat_store
-from tests.support.cli import ROOT, environment, load_cli
+from tests.support.cli import INSTALLED, ROOT, environment, load_cli
 from tests.support.serving import chat, events, served
 
 pytestmark = [
@@ -104,7 +104,7 @@ def serving(store: Path, address: str) -> Iterator[Ingress]:
     log = store.parent / "ingress.log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-c", CLI, "serve", str(store), "--ray", "--port", "0", *FLAGS],
+            [sys.executable, "-c", INSTALLED, "serve", str(store), "--ray", "--port", "0", *FLAGS],
             cwd=ROOT,
             env=environment(store.parent, RAY_ADDRESS=address),
             stdout=file,
@@ -230,7 +230,7 @@ def test_a_node_is_killed_under_load(cluster: Any, store: Path, expected: dict[s
 
 def test_a_model_that_no_node_can_load_is_said_at_once(cluster: Any, store: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", CLI, "serve", str(tmp_path / "nothing"), "--ray", "--port", "0"],
+        [sys.executable, "-c", INSTALLED, "serve", str(tmp_path / "nothing"), "--ray", "--port", "0"],
         cwd=ROOT,
         env=environment(store.parent, RAY_ADDRESS=cluster.address),
         capture_output=True,
