@@ -118,7 +118,7 @@ def check(kernel: Kernel, kv_heads: int, which: Sequence[int], window: int | Non
     expected = alone.attend(x, which, 1)
     assert expected.isfinite().all()
     assert expected.norm() > 1
-    for at_once in (len(x), 13):
+    for at_once in (len(x), 13, 5):
         together = Sequences(kernel, kv_heads, window)
         assert torch.equal(together.attend(x, which, at_once), expected)
         assert all(map(torch.equal, chain(*together.caches), chain(*alone.caches)))

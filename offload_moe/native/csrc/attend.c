@@ -1,4 +1,5 @@
-/* Attention of some tokens, each over a cache, as a part of a call: in units of a section of positions and heads that share its rows. */
+/* Attention of some tokens, each over a cache, as a part of a call: in units of a section of positions and heads that share its rows;
+ * of many, and of those that share a cache, in blocks. */
 #include "attend_job.h"
 
 #define HEADS_PER_UNIT 16 /* so that their queries and scores stay in the L2 cache */
@@ -22,7 +23,8 @@ static void lay_out_row(om_attend *a, int64_t t, uintptr_t *cursor) {
 }
 
 void om_lay_out_attend(om_attend *a, uintptr_t *cursor) {
-    if (!om_are_few(a->num_rows)) {
+    a->is_in_blocks = a->num_rows > OM_MAX_ROWS || om_sequences_of(a) < a->num_rows;
+    if (a->is_in_blocks) {
         om_lay_out_blocks(a, cursor);
         return;
     }
@@ -63,7 +65,7 @@ static void section_unit(void *context, int64_t unit, int64_t next, int thread) 
 
 void om_run_attend(om_attend *a) {
     int64_t num_units = 0;
-    if (!om_are_few(a->num_rows)) {
+    if (a->is_in_blocks) {
         om_run_blocks(a);
         return;
     }

@@ -1,4 +1,4 @@
-/* Attention of many tokens: in units of tokens that follow each other in one sequence, and heads that share their keys, so that a
+/* Attention of many tokens, or of some of one sequence: in units of tokens that follow each other in one sequence, and heads that share their keys, so that a
  * tile of keys or values is read once for all of them. A token's operations and their order are those of a step alone. */
 #include "attend_job.h"
 
@@ -31,6 +31,16 @@ static unit_scratch lay_out_scratch(const om_attend *a, uintptr_t cursor, uintpt
     return scratch;
 }
 
+static int follows(const om_room *room, const om_room *before) {
+    return room->keys == before->keys && room->values == before->values && room->length == before->length + 1;
+}
+
+int64_t om_sequences_of(const om_attend *a) {
+    int64_t count = 0;
+    for (int64_t t = 0; t < a->num_rows; t++) count += t == 0 || !follows(a->rooms + t, a->rooms + t - 1);
+    return count;
+}
+
 void om_lay_out_blocks(om_attend *a, uintptr_t *cursor) {
     om_attend_blocks *b = &a->blocks;
     int64_t longest = 0;
@@ -39,16 +49,14 @@ void om_lay_out_blocks(om_attend *a, uintptr_t *cursor) {
     b->num_sections = om_divide_up(longest, OM_SECTION);
     const int64_t query_bytes = b->num_sections * (a->cached.value_dim * (int64_t)sizeof(float) + (int64_t)sizeof(om_section));
     const int64_t num_queries = om_max(1, om_min(QUERIES_PER_UNIT, RESULT_BYTES / query_bytes));
-    b->heads_per_unit = om_min(num_queries, om_heads_per_group(a));
+    /* heads that share keys are apart only where a thread would have nothing to do */
+    const int64_t parts = om_divide_up(om_pool_threads(), a->num_kv_heads * om_sequences_of(a));
+    b->heads_per_unit = om_min(num_queries, om_divide_up(om_heads_per_group(a), parts));
     b->rows_per_unit = num_queries / b->heads_per_unit;
     b->first_rows = om_take(cursor, (a->num_rows + 1) * (int64_t)sizeof(int64_t));
     lay_out_scratch(a, 0, &scratch_bytes);
     b->scratch_bytes = (int64_t)scratch_bytes;
     b->scratch = om_take(cursor, om_pool_threads() * b->scratch_bytes);
-}
-
-static int follows(const om_room *room, const om_room *before) {
-    return room->keys == before->keys && room->values == before->values && room->length == before->length + 1;
 }
 
 static void find_blocks(om_attend *a) {

@@ -12,7 +12,7 @@ typedef struct {
     float *sums;          /* [num_heads, num_sections, value_dim] */
 } om_attend_row;
 
-/* Many tokens: those that follow each other in one sequence, and see positions from the same one on, are a block. */
+/* Tokens that follow each other in one sequence, and see positions from the same one on, are a block. */
 typedef struct {
     int64_t heads_per_unit, rows_per_unit, num_sections; /* at most */
     int64_t num_blocks, *first_rows;                     /* [num_blocks + 1] */
@@ -28,22 +28,24 @@ typedef struct {
     int64_t num_rows, num_heads, num_kv_heads;
     const float *queries; /* [num_rows, num_heads, dim + more_dim] */
     float *out;           /* [num_rows, num_heads, value_dim] */
+    int is_in_blocks;     /* from `om_lay_out_attend` on */
     om_attend_row rows[OM_MAX_ROWS];
     om_attend_blocks blocks;
-    float *room;          /* per thread, of few tokens */
+    float *room;          /* per thread, where they are not in blocks */
 } om_attend;
 
 void om_lay_out_attend(om_attend *attend, uintptr_t *cursor);
 void om_run_attend(om_attend *attend);
-/* Sets `out` of one head of a row, where it is one of few: `om_run_attend` leaves that to the caller. */
+/* Sets `out` of one head of a row, where rows are not in blocks: `om_run_attend` leaves that to the caller. */
 void om_merge_head(const om_attend *attend, int64_t row, int64_t head);
 
-OM_INLINE int om_are_few(int64_t num_rows) { return num_rows <= OM_MAX_ROWS; }
 OM_INLINE int64_t om_heads_per_group(const om_attend *attend) { return attend->num_heads / attend->num_kv_heads; }
 
 /* What a key/value head has of a room, from a position on. */
 om_cached om_cached_of(const om_attend *attend, const om_room *room, int64_t kv_head, int64_t position);
 
+/* How many sequences the rows are of, as far as they follow each other. */
+int64_t om_sequences_of(const om_attend *attend);
 void om_lay_out_blocks(om_attend *attend, uintptr_t *cursor);
 void om_run_blocks(om_attend *attend);
 

@@ -95,7 +95,7 @@ static void attend_to_all(om_attend *attend) {
     const int64_t num_units = attend->num_rows * attend->num_heads;
     int is_long = 0;
     om_run_attend(attend);
-    if (!om_are_few(attend->num_rows)) return;
+    if (attend->is_in_blocks) return;
     for (int64_t t = 0; t < attend->num_rows; t++) is_long |= attend->rows[t].num_sections > 1;
     if (is_long) {
         om_pool_run(merge_unit, attend, num_units);

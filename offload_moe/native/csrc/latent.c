@@ -113,7 +113,7 @@ static void value_unit(void *context, int64_t head, int64_t next, int thread) {
     const om_latent *l = job->latent;
     const row_vectors means = {job->attend.out + head * l->rank, l->num_heads * l->rank};
     const row_vectors mixed = {job->mixed + head * l->value_dims, l->num_heads * l->value_dims};
-    for (int64_t t = 0; om_are_few(job->num_rows) && t < job->num_rows; t++) om_merge_head(&job->attend, t, head);
+    for (int64_t t = 0; !job->attend.is_in_blocks && t < job->num_rows; t++) om_merge_head(&job->attend, t, head);
     multiply_rows(job, EXPAND, head * (l->unrotated_dims + l->value_dims) + l->unrotated_dims, l->value_dims, means, mixed);
 }
 

@@ -1,7 +1,7 @@
 /* Panels: up to 16 rows of a quantized matrix, transposed by dwords of codes and by scales, so that lanes are rows.
  *
  * A panel begins at the byte where its first row began in row order; docs/decisions/064-one-arithmetic.md has the layout and the
- * arithmetic. Shape legend: T tokens (1, 2, 4 or 8), B blocks of 64 columns, G groups of columns that share a scale. */
+ * arithmetic. Shape legend: T tokens (1 to 4, 6 or 8), B blocks of 64 columns, G groups of columns that share a scale. */
 #ifndef OM_PANEL_H
 #define OM_PANEL_H
 

@@ -39,9 +39,15 @@ static void interleave_words(const void *from, int64_t count, int num_tokens, in
     for (int64_t i = 0; i < count; i++) target[i * num_tokens] = source[i];
 }
 
+/* The number of tokens that a kernel is there for; those of GGUF types go through four at a time. */
+static int panel_stride(int32_t codec, int num_tokens) {
+    if (OM_IS_GGUF(codec)) return om_tile_stride(num_tokens);
+    return num_tokens <= 4 ? num_tokens : num_tokens <= 6 ? 6 : OM_TILE;
+}
+
 om_panel_tile om_gather_panel_tile(const om_panel_inputs *inputs, const int32_t *token_ids, int64_t first, int num_tokens,
                                    uint8_t *scratch) {
-    const int stride = om_tile_stride(num_tokens);
+    const int stride = panel_stride(inputs->codec, num_tokens);
     if (stride == 1) {
         const om_panel_token token = token_of(inputs, token_ids == NULL ? first : token_ids[first]);
         return (om_panel_tile){token.quants, token.scales, token.corrections, 1};

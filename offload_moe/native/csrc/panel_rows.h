@@ -128,7 +128,8 @@ OM_INLINE void panel_rows(const int codec, const int T, const om_weights *w, int
     static void NAME(const om_weights *w, int64_t first_row, int64_t num_rows, const om_panel_tile *tile, float *results, \
                      int64_t stride) { \
         switch (tile->num_tokens) { \
-            OM_PANEL_CASE(CODEC, 1) OM_PANEL_CASE(CODEC, 2) OM_PANEL_CASE(CODEC, 4) OM_PANEL_CASE(CODEC, 8) \
+            OM_PANEL_CASE(CODEC, 1) OM_PANEL_CASE(CODEC, 2) OM_PANEL_CASE(CODEC, 3) \
+            OM_PANEL_CASE(CODEC, 4) OM_PANEL_CASE(CODEC, 6) OM_PANEL_CASE(CODEC, 8) \
         } \
     }
 
