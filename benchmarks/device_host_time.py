@@ -114,10 +114,11 @@ def prompt(hf: Any, cache: Any) -> Any:
     import torch
 
     from offload_moe.decode.cache import give_room
+    from offload_moe.families.cache_name import with_cache
 
     give_room(cache, 4096, torch.bfloat16)
     with torch.inference_mode():
-        hf(input_ids=torch.arange(3, 12)[None], past_key_values=cache, use_cache=True)
+        hf(input_ids=torch.arange(3, 12)[None], **with_cache(cache), use_cache=True)
     return cache
 
 

@@ -57,6 +57,7 @@ def main() -> None:
     from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
     from offload_moe.decode.delta import DeltaForward
+    from offload_moe.families.cache_name import with_states
     from offload_moe.native import kernels
 
     torch.set_num_threads(options.threads)
@@ -72,7 +73,7 @@ def main() -> None:
         caches = {way: DynamicCache(config=config) for way in ways}
         for way, forwards in ways.items():
             for forward in forwards:
-                forward(torch.randn(1, NUM_PROMPT, config.hidden_size), cache_params=caches[way])
+                forward(torch.randn(1, NUM_PROMPT, config.hidden_size), **with_states(caches[way]))
         found: dict[str, dict[str, list[float]]] = {way: {"step_ms": [], "outside_ms": []} for way in ways}
         for _ in range(options.tokens):
             for way, forwards in ways.items():
@@ -81,7 +82,7 @@ def main() -> None:
                     memory.read()
                     x = torch.randn(1, 1, config.hidden_size)
                     began = time.thread_time()
-                    forward(x, cache_params=caches[way])
+                    forward(x, **with_states(caches[way]))
                     spent += time.thread_time() - began
                 inside = sum(each.seconds for each in timed) - before
                 found[way]["step_ms"].append(1e3 * spent / options.layers)

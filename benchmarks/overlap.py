@@ -248,8 +248,10 @@ class Rig:
     def _forward(self, ids: Sequence[int], cache: Any) -> Any:
         import torch
 
+        from offload_moe.families.cache_name import cache_from, with_cache
+
         with torch.inference_mode():
-            return self.hf(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True).past_key_values
+            return cache_from(self.hf(input_ids=torch.tensor([ids]), **with_cache(cache), use_cache=True))
 
     def prompt(self, ids: Sequence[int]) -> float:
         self.layers = []

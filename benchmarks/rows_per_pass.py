@@ -31,10 +31,12 @@ class Rows:
         import torch
         from transformers import DynamicCache
 
+        from offload_moe.families.cache_name import with_cache
+
         self._model, self._seeds = model, itertools.count(1)
         self._prompt = DynamicCache(config=model.hf.config)
         with torch.inference_mode():
-            model.hf(torch.tensor([prompt_ids(0, num_prompt_tokens)]), past_key_values=self._prompt)
+            model.hf(torch.tensor([prompt_ids(0, num_prompt_tokens)]), **with_cache(self._prompt))
 
     def run(self, kind: str, num_rows: int, num_tokens: int) -> dict[str, float]:
         """Compute so many tokens, `num_rows` of them at a time."""

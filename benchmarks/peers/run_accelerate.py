@@ -46,6 +46,8 @@ def main() -> None:
     from accelerate import disk_offload, init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from offload_moe.families.cache_name import cache_from, with_cache
+
     torch.set_num_threads(options.threads)
     raw = json.loads(options.config.read_text())
     config = AutoConfig.for_model(**raw)
@@ -68,7 +70,7 @@ def main() -> None:
         began = time.perf_counter()
         for _ in range(options.tokens):
             token = cache.logits[:, -1:].argmax(-1)
-            cache = model(input_ids=token, past_key_values=cache.past_key_values, use_cache=True)
+            cache = model(input_ids=token, **with_cache(cache_from(cache)), use_cache=True)
     decode_s = time.perf_counter() - began
     run = {
         "prompt_tokens_per_s": options.prompt_tokens / prompt_s,

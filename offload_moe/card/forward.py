@@ -12,6 +12,7 @@ from offload_moe.decode.forward import Seam, SeveralCaches
 from offload_moe.decode.hooks import Bypass
 from offload_moe.decode.next_token import Draw, TokenPass, Wanted
 from offload_moe.errors import UnsupportedModelError
+from offload_moe.families.cache_name import cache_in
 from offload_moe.native.constants import MAX_ROWS
 
 
@@ -50,7 +51,7 @@ class CardForward(Seam):
         self._thread = _Thread()
 
     def __call__(self, *args: Any, wanted: Wanted | None = None, **kwargs: Any) -> Any:
-        several = kwargs.get("past_key_values")
+        several = cache_in(kwargs)
         if isinstance(several, SeveralCaches):
             return self._pass_several(kwargs["input_ids"], several, wanted)
         self._thread.wanted = wanted

@@ -178,7 +178,7 @@ class Generation:
             self._hf,
             torch.tensor([ids], device=self._hf.device),
             config,
-            past_key_values=self._cache,
+            cache=self._cache,
             tokenizer=request.tokenizer,
             seed=request.seed,
             stop_event=self._stop_event,

@@ -71,14 +71,14 @@ def stream_tokens(
     tokenizer: PreTrainedTokenizerBase | None,
     input_ids: torch.Tensor,
     *,
-    past_key_values: Cache | None = None,
+    cache: Cache | None = None,
     stop_event: threading.Event | None = None,
     **sampling: Unpack[SamplingArguments],
 ) -> TokenStream:
     """Token ids of one sequence as they are chosen, stop token included. Close it, or use it in a `with` statement.
 
     Args:
-        input_ids: [1, T], the whole sequence, also where `past_key_values` holds its beginning.
+        input_ids: [1, T], the whole sequence, also where `cache` holds its beginning.
         sampling: see `Sampling`.
 
     Raises:
@@ -95,7 +95,7 @@ def stream_tokens(
         hf,
         input_ids,
         config,
-        past_key_values=past_key_values,
+        cache=cache,
         tokenizer=tokenizer,
         seed=settings.seed,
         stop_event=stop_event,

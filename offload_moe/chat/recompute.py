@@ -17,6 +17,7 @@ from transformers import Cache, GenerationConfig
 from offload_moe.chat.prompt_chunks import prompt_chunk_tokens
 from offload_moe.decode.rotation import RotationKeeper, length_of, rotation_keeper
 from offload_moe.errors import ConfigError
+from offload_moe.families.cache_name import CACHE, cache_in, take_cache, with_cache
 from offload_moe.families.text_model import TextModel
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Recompute:
 
         Raises: ConfigError when the emptied part of the sequence is not in `input_ids`.
         """
-        cache = model_kwargs.get("past_key_values")
+        cache = cache_in(model_kwargs)
         length = _sequence_length(input_ids, model_kwargs)
         if cache is not None and not self._keeper.fits(cache, length):
             given = model_kwargs.get("inputs_embeds")
@@ -74,19 +75,18 @@ class Recompute:
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
         **settings: Any,
     ) -> dict[str, Any]:
         """The inputs of the next step, with a cache whose keys are rotated as that step requires."""
-        cache = past_key_values
+        cache = take_cache(settings)
         if cache is not None and next_sequence_length is not None and not self._keeper.final_length:
             self._renew(cache, input_ids, next_sequence_length, settings)
         arguments = {"next_sequence_length": next_sequence_length, **settings}
-        inputs = self._prepare(input_ids, past_key_values=cache, **arguments)
-        if cache is not None and inputs.get("past_key_values") is not cache:
+        inputs = self._prepare(input_ids, **with_cache(cache), **arguments)
+        if cache is not None and cache_in(inputs) is not cache:
             # Phi's own switch between its factors continues without the caller's cache.
-            inputs = self._prepare(input_ids, past_key_values=None, **arguments)
-            inputs["past_key_values"] = cache
+            inputs = self._prepare(input_ids, **with_cache(None), **arguments)
+            inputs[CACHE] = cache
         return inputs
 
     def _renew(self, cache: Cache, input_ids: Tensor, num_new: int, settings: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ class Recompute:
                     input_ids=input_ids[:, first:last],
                     attention_mask=None if mask is None else mask[:, :last],
                     position_ids=None if positions is None else positions[..., first:last],
-                    past_key_values=cache,
+                    **with_cache(cache),
                     use_cache=True,
                 )
 

@@ -36,13 +36,14 @@ from offload_moe.chat.steering import NO_STEERING, Steering
 from offload_moe.chat.stopping import Stops
 from offload_moe.decode.next_token import Draw, TokenPass, Wanted, head_alone_of, token_pass_of
 from offload_moe.errors import ConfigError
+from offload_moe.families.cache_name import CACHE, cache_from, cache_in, with_cache
 from offload_moe.families.text_model import TextModel
 from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.speculate.speculator import Speculator
 
 Watched = Callable[[int], AbstractContextManager[None]]  # the context that so many tokens are computed in
 Passing = Callable[[int, Sequence[int]], AbstractContextManager[None]]  # around a pass: the first token's place, ids
-SHORT_INPUTS = {"past_key_values", "position_ids", "attention_mask", "logits_to_keep", "use_cache"}
+SHORT_INPUTS = {CACHE, "position_ids", "attention_mask", "logits_to_keep", "use_cache"}
 OWN_METHODS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
 
@@ -93,7 +94,7 @@ def steps(
     sequence = request.sequence
     passing: Passing = _around_nothing
     if speculator is not None:
-        speculator.begin(list(sequence.ids), request.inputs.get("past_key_values"))
+        speculator.begin(list(sequence.ids), cache_in(request.inputs))
         passing = speculator.passing
     found: Found | None = None
     for found in _compute_prompt(hf, request, watched, passing):
@@ -116,7 +117,7 @@ def steps(
     )
     rows = GuessedRows(
         hf,
-        request.inputs.get("past_key_values"),
+        cache_in(request.inputs),
         compute,
         speculator=speculator if is_short else None,
         member=member if is_short and _counts_positions(request) else None,
@@ -169,7 +170,7 @@ def _prepare(
         sequence = TokenIds(input_ids)
         return _Request(sequence, logits_processor, Stops(stopping_criteria), generation_config, model_kwargs)
 
-    arguments: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+    arguments: dict[str, Any] = {} if cache is None else with_cache(cache)
     if steering.processors:
         arguments["logits_processor"] = LogitsProcessorList(steering.processors)
     if config.stop_strings is not None:  # generate() uses no tokenizer with a custom method
@@ -197,7 +198,7 @@ def _compute_prompt(hf: TextModel, request: _Request, watched: Watched, passing:
     recompute = recompute_of(hf)
     ids = request.sequence.tensor()
     length = ids.shape[1] if recompute is None else recompute.begin(ids, request.inputs)
-    cache = request.inputs.get("past_key_values")
+    cache = cache_in(request.inputs)
     first = 0 if cache is None or hf.config.is_encoder_decoder else cache.get_seq_length()
     end = ids.shape[1]
     if first >= end:
@@ -214,7 +215,7 @@ def _compute_prompt(hf: TextModel, request: _Request, watched: Watched, passing:
         ):
             outputs = hf(**_inputs_of_part(hf, request, begin, last), return_dict=True)
         if last < end:
-            request.inputs["past_key_values"] = outputs.past_key_values
+            request.inputs[CACHE] = cache_from(outputs)
             del outputs
             yield None
     yield _take(hf, request, outputs)
@@ -264,7 +265,7 @@ def _last_logits(request: _Request, logits: Tensor, num_rows: int = 1) -> Tensor
 def _is_short(hf: TextModel, request: _Request) -> bool:
     """Whether the model's own methods pass the token, its position and the cache, and nothing else."""
     is_usual = all(getattr(getattr(hf, name), "__func__", None) is vars(GenerationMixin)[name] for name in OWN_METHODS)
-    cache = request.inputs.get("past_key_values")
+    cache = cache_in(request.inputs)
     return (
         is_usual
         and not hf.config.is_encoder_decoder

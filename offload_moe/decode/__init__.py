@@ -27,6 +27,7 @@ from offload_moe.decode.report import DENSE, LayerPath, layer_paths, tell_reason
 from offload_moe.decode.router import shorten_routers
 from offload_moe.decode.rows import keep_next, next_logits, roll_back, takes_rows, takes_several, why_no_rows
 from offload_moe.decode.shorten import shorten_attention
+from offload_moe.families.cache_name import cache_in
 from offload_moe.families.text_model import TextModel
 from offload_moe.residency.hierarchy import Hierarchy
 
@@ -141,7 +142,7 @@ def _why_none(hf: TextModel, *, is_exact: bool) -> str:
 def _give_room(
     context: int | None, kept: torch.dtype | None, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    cache = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache  # the other one does not grow
     if isinstance(cache, Cache):

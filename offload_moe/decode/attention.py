@@ -21,6 +21,7 @@ from offload_moe.decode.cache_attention import CacheAttention
 from offload_moe.decode.projections import NAMES, joint_or_separate
 from offload_moe.decode.rotary import StepRotary, rotate
 from offload_moe.decode.step import AttentionStep
+from offload_moe.families.cache_name import take_cache, with_cache
 
 MAX_FLASH_DIM = 256  # above it transformers repeats the key/value heads itself
 
@@ -54,21 +55,21 @@ class DecodeAttention:
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        cache = take_cache(kwargs)
         if position_embeddings is not None:
             step, cached = self.step, self.cached
-            if step is not None and attention_mask is None and step.fits(hidden_states, past_key_values):
+            if step is not None and attention_mask is None and step.fits(hidden_states, cache):
                 cos, signed_sin = self.rotary.prepare(position_embeddings)
-                return step(hidden_states, cos, signed_sin, past_key_values), None
-            if cached is not None and cached.fits(hidden_states, attention_mask, past_key_values):
-                out = cached(*self._heads(hidden_states, position_embeddings), past_key_values)
+                return step(hidden_states, cos, signed_sin, cache), None
+            if cached is not None and cached.fits(hidden_states, attention_mask, cache):
+                out = cached(*self._heads(hidden_states, position_embeddings), cache)
                 return self._output(out, hidden_states.shape[:2]), None
             if hidden_states.shape[1] == 1:
                 query, key, value = self._heads(hidden_states, position_embeddings)
-                if past_key_values is not None:
-                    key, value = past_key_values.update(key, value, self._layer)
+                if cache is not None:
+                    key, value = cache.update(key, value, self._layer)
                 settings = {**kwargs, **self._arguments}
                 out, weights = self._attend()(self._module, query, key, value, attention_mask, **settings)
                 return self._output(out, hidden_states.shape[:2]), weights
@@ -76,7 +77,7 @@ class DecodeAttention:
             hidden_states,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **with_cache(cache),
             **kwargs,
         )
 

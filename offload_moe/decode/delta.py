@@ -15,6 +15,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAtten
 from offload_moe.decode.hooks import Bypass
 from offload_moe.decode.probe import Refused, agree, answer, structure
 from offload_moe.errors import ConfigError
+from offload_moe.families.cache_name import STATES, with_states
 from offload_moe.native.kernels import DeltaKernel, Projected
 
 NUM_PROMPT, NUM_STEPS = 5, 2  # tokens of a check
@@ -52,10 +53,10 @@ class DeltaForward:
         self._num_out = module.num_v_heads * module.head_v_dim
         self._bypass = Bypass([module.conv1d, module.norm], ())
 
-    def __call__(self, hidden_states: Tensor, cache_params: Any = None, *args: Any, **kwargs: Any) -> Any:
-        states = self.states(cache_params) if _is_step(hidden_states) and self._bypass.is_clear else None
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        states = self.states(kwargs.get(STATES)) if _is_step(hidden_states) and self._bypass.is_clear else None
         if states is None:
-            return self._forward(hidden_states, cache_params, *args, **kwargs)
+            return self._forward(hidden_states, *args, **kwargs)
         out = torch.empty(1, 1, self._num_out)
         self.kernel.step(self._project(hidden_states), *states, out)
         return self._module.out_proj(out)
@@ -152,5 +153,5 @@ def empty_cache(module: Any) -> Cache:
 def _results(forward: Callable[..., Any], x: Tensor, cache: Any, index: int) -> list[Tensor]:
     """Of a prompt and the steps behind it, and the states at the end."""
     pieces = [x[:NUM_PROMPT], *x[NUM_PROMPT:].split(1)]
-    found = [answer(forward, piece[None], cache_params=cache) for piece in pieces]
+    found = [answer(forward, piece[None], **with_states(cache)) for piece in pieces]
     return [*found, cache.get_conv_state(index, state_idx=0), cache.get_recurrent_state(index, state_idx=0)]

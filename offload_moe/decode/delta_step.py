@@ -12,6 +12,7 @@ from offload_moe.decode.probe import Uncovered, answer, probes
 from offload_moe.decode.states import StatesLayer
 from offload_moe.decode.step import is_fp32
 from offload_moe.errors import ConfigError
+from offload_moe.families.cache_name import with_states
 from offload_moe.native import kernels
 
 
@@ -51,7 +52,7 @@ class DeltaStep:
         """The states behind a random prompt, on the CPU."""
         (prompt, *_) = probes((1, num_tokens, self._module.hidden_size), torch.float32, torch.device("cpu"), seed=1)
         cache = empty_cache(self._module)
-        answer(self._forward, prompt, cache_params=cache)
+        answer(self._forward, prompt, **with_states(cache))
         return cache
 
 

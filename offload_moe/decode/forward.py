@@ -19,6 +19,7 @@ from offload_moe.decode.next_token import TokenPass
 from offload_moe.decode.plan import PassPlan
 from offload_moe.decode.wiring import Wiring
 from offload_moe.errors import UnsupportedModelError
+from offload_moe.families.cache_name import cache_in, take_cache
 from offload_moe.native.kernels import MAX_ROWS
 
 logger = logging.getLogger(__name__)
@@ -88,30 +89,30 @@ class Seam:
         inputs_embeds: Tensor | None = None,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
         **others: Any,
     ) -> Any:
         """None where the modules have to do it; nothing has changed then."""
+        cache = take_cache(others)
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None) or not self._takes(given):
             return None
         if use_cache is False or return_dict is False or not self._is_usual(others):
             return None
         plan, num_tokens = self.plan, given.shape[1]
-        if not self._has_place(past_key_values, num_tokens):
+        if not self._has_place(cache, num_tokens):
             return None
-        if not _sees_all(attention_mask, past_key_values, num_tokens):
+        if not _sees_all(attention_mask, cache, num_tokens):
             return None
         if not plan.bypass.is_clear:
             self._say_why()
             return None
         wiring = plan.wiring
-        positions = wiring.positions(position_ids, past_key_values, num_tokens)
+        positions = wiring.positions(position_ids, cache, num_tokens)
         if positions is None:
             return None
-        return self._compute(input_ids, inputs_embeds, positions, past_key_values)
+        return self._compute(input_ids, inputs_embeds, positions, cache)
 
     def _compute(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, positions: Tensor, cache: Any) -> Any:
         """The pass itself, once everything around it is usual; None where it does not take these tokens."""
@@ -156,7 +157,7 @@ class DecoderForward(Seam):
         self.plan = plan
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        several = kwargs.get("past_key_values")
+        several = cache_in(kwargs)
         if isinstance(several, SeveralCaches):
             return self._pass_several(kwargs["input_ids"], several)
         return super().__call__(*args, **kwargs)

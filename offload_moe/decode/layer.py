@@ -34,6 +34,7 @@ from offload_moe.decode.step import AttentionStep, attention_step
 from offload_moe.decode.wiring import Wiring
 from offload_moe.experts.attach import AdaptedForward, bound_experts
 from offload_moe.families import find_adapter
+from offload_moe.families.cache_name import CACHE
 from offload_moe.families.layer_spec import AttentionSpec, LayerSpec, NormSpec
 from offload_moe.families.limits import attention_limits, order_limits
 from offload_moe.native import kernels
@@ -270,7 +271,7 @@ def _probe(forward: Callable[[Tensor, RowsStep], Any], native: NativeLayer, hidd
 
 
 def _call_module(layer: nn.Module, hidden: Tensor, step: RowsStep) -> Any:
-    settings = {"attention_mask": None, "past_key_values": step.caches[0], "use_cache": True}
+    settings = {"attention_mask": None, CACHE: step.caches[0], "use_cache": True}
     return answer(layer.forward, hidden, position_embeddings=step.embeddings, **settings)
 
 

@@ -21,6 +21,7 @@ from offload_moe.decode.report import DENSE, LayerPath, has_experts
 from offload_moe.decode.span import LayerSpan, span_kind
 from offload_moe.decode.states import StatesLayer
 from offload_moe.decode.wiring import Wiring, wiring_of
+from offload_moe.families.cache_name import with_cache
 from offload_moe.families.layer_spec import LayerSpec
 from offload_moe.families.read_layer import layer_spec
 from offload_moe.families.text_model import TextModel
@@ -68,7 +69,7 @@ class ModuleLayer:
             x,
             attention_mask=None,
             position_ids=step.position_ids,
-            past_key_values=step.caches[0],
+            **with_cache(step.caches[0]),
             use_cache=True,
             position_embeddings=step.embeddings,
         )

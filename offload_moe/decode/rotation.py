@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from offload_moe.families.cache_name import cache_in
 from offload_moe.families.text_model import TextModel
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class RotationKeeper:
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the decoder: notes how the keys are rotated that this forward adds."""
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if not isinstance(cache, Cache):
             return
         length = max(_length(cache, args, kwargs), self.final_length)

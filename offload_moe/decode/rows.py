@@ -16,6 +16,7 @@ from offload_moe.decode.forward import Seam, SeveralCaches
 from offload_moe.decode.next_token import Wanted, token_pass_of
 from offload_moe.decode.rotation import rotation_keeper
 from offload_moe.decode.states import StatesLayer
+from offload_moe.families.cache_name import with_cache
 from offload_moe.families.text_model import TextModel
 
 
@@ -85,10 +86,10 @@ def _logits_of(hf: Any, ids: Tensor, several: Any) -> Tensor:
     """``[1, T, V]``, by the pass itself where it has the output head."""
     token_pass, wanted = token_pass_of(hf), Wanted()
     if token_pass is not None and token_pass.is_clear:
-        hf.get_decoder()(input_ids=ids, past_key_values=several, wanted=wanted)
+        hf.get_decoder()(input_ids=ids, **with_cache(several), wanted=wanted)
         assert wanted.logits is not None
         return wanted.logits[None]
-    logits: Tensor = hf(ids, past_key_values=several, use_cache=True, return_dict=True).logits
+    logits: Tensor = hf(ids, **with_cache(several), use_cache=True, return_dict=True).logits
     return logits
 
 

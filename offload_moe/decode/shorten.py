@@ -16,6 +16,7 @@ from offload_moe.decode.probe import NUM_CACHED, Refused, Uncovered, agree, answ
 from offload_moe.decode.projections import NAMES
 from offload_moe.decode.rotary import StepRotary
 from offload_moe.decode.step import AttentionStep, attention_step
+from offload_moe.families.cache_name import with_cache
 
 CHILDREN = frozenset({*NAMES, "o_proj", "q_norm", "k_norm"})
 PARAMETERS = frozenset({"sinks"})
@@ -138,10 +139,10 @@ def _agrees(
             arguments |= {"position_embeddings": embeddings}
             try:
                 cache = probe_cache(module, hidden)
-                expected = answer(module.forward, hidden, past_key_values=cache, **arguments)[0]
+                expected = answer(module.forward, hidden, **with_cache(cache), **arguments)[0]
             except Refused:
                 return False
-            got = step(hidden, past_key_values=probe_cache(module, hidden), **arguments)[0]
+            got = step(hidden, **with_cache(probe_cache(module, hidden)), **arguments)[0]
             if not agree(got, expected, is_exact=is_exact):
                 return False
     return True
@@ -165,7 +166,7 @@ def _steps_alike(module: Any, short: DecodeAttention, step: AttentionStep, embed
         results = []
         for cache, short.step in zip(caches, (None, step), strict=True):
             give_room(cache, kept=step.cache_dtype)
-            results.append(short(hidden, position_embeddings=(cos, sin), past_key_values=cache)[0])
+            results.append(short(hidden, position_embeddings=(cos, sin), **with_cache(cache))[0])
         results += [part for cache in caches for part in _kept(cache)]
         got, expected = (results[1], *results[4:]), (results[0], *results[2:4])
         pairs = zip(got, expected, strict=True)
@@ -190,9 +191,9 @@ def _attends_alike(
         if not cached.fits(hidden, mask, ours):
             return False
         arguments: dict[str, Any] = {"attention_mask": mask, "position_embeddings": (cos, sin)}
-        expected = [answer(module.forward, hidden, past_key_values=theirs, **arguments)[0]]
+        expected = [answer(module.forward, hidden, **with_cache(theirs), **arguments)[0]]
         short.cached, step, short.step = cached, short.step, None
-        got = [short(hidden, past_key_values=ours, **arguments)[0]]
+        got = [short(hidden, **with_cache(ours), **arguments)[0]]
         short.cached, short.step = None, step
         for each, cache in ((got, ours), (expected, theirs)):
             each += _kept(cache)

@@ -21,6 +21,7 @@ from offload_moe.decode.norm import norm_kernel
 from offload_moe.decode.probe import NUM_CACHED, Refused, Uncovered, answer
 from offload_moe.decode.rotary import Embeddings, RotaryTable, block_of
 from offload_moe.decode.rotation import rotates_by_length
+from offload_moe.families.cache_name import CACHE, with_cache
 from offload_moe.families.read_layer import embedding_scale
 from offload_moe.native import kernels
 
@@ -67,7 +68,7 @@ class Wiring:
     def make_output(self, hidden: Tensor, cache: Any) -> Any:
         """What the decoder's forward returns. The rehearsal has checked what is checked when it makes one."""
         output: Any = self.output.__new__(self.output)
-        output["last_hidden_state"], output["past_key_values"] = hidden, cache
+        output["last_hidden_state"], output[CACHE] = hidden, cache
         return output
 
     @property
@@ -205,7 +206,7 @@ def _rehearse(
             for layer in layers:
                 layer.forward = stand_in
             cache = _filled_cache(decoder)
-            out = answer(decoder.forward, input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+            out = answer(decoder.forward, input_ids=ids, position_ids=positions, **with_cache(cache), use_cache=True)
             expected = torch.full((1, 1), NUM_CACHED, device=decoder.device) if positions is None else positions[-3:]
             x = embedding(ids)
             _check(stand_in, len(layers), x if scale == 1.0 else x * scale, answer(rotary, x, expected))
@@ -257,7 +258,7 @@ def _are_equal(got: Any, expected: Any) -> bool:
 
 def _check_output(out: Any, hidden: Tensor, cache: DynamicCache) -> type:
     fields = {name: value for name, value in out.items() if value is not None}
-    if fields.keys() != {"last_hidden_state", "past_key_values"} or fields["past_key_values"] is not cache:
+    if fields.keys() != {"last_hidden_state", CACHE} or fields[CACHE] is not cache:
         raise Uncovered("a decoder that returns more than a hidden state and a cache")
     if not torch.equal(fields["last_hidden_state"], hidden):
         raise Uncovered("a decoder that changes what its norm gives")

@@ -20,6 +20,7 @@ from offload_moe.decode.cache import give_room
 from offload_moe.doctor.outcome import Failed, Skipped
 from offload_moe.engine.load import load
 from offload_moe.engine.model import Model
+from offload_moe.families.cache_name import with_cache
 
 CONTEXT, NUM_SEEN, NUM_TOKENS = 64, 7, 4
 SETTINGS: dict[str, Any] = {"context": CONTEXT, "dense_codec": "int8", "prefetch": 0, "speculate": "off"}
@@ -49,7 +50,7 @@ def pass_on_cpu(store: Path) -> Expected:
         decoder, cache, states = model.hf.get_decoder(), _cache_of(model), []
         with torch.inference_mode():
             for token in _tokens(model):
-                out = decoder(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+                out = decoder(input_ids=torch.tensor([[token]]), **with_cache(cache), use_cache=True)
                 states.append(out.last_hidden_state[0, 0].float())
         return Expected(hidden=torch.stack(states), angles=Angles(decoder_parts(model.hf), CONTEXT, CPU))
 

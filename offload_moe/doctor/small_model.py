@@ -8,6 +8,7 @@ from torch import Tensor
 
 from offload_moe.checkpoint.experts import find_experts
 from offload_moe.convert.quantize import quantize
+from offload_moe.families.cache_name import cache_from, with_cache
 from offload_moe.families.text_model import TextModel
 from offload_moe.quant import get_codec
 from offload_moe.store import Store
@@ -69,8 +70,8 @@ def logits_of(hf: TextModel) -> Tensor:
     logits, cache = [], None
     with torch.inference_mode():
         for piece in pieces:
-            out = hf(input_ids=piece[None].to(hf.device), past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = hf(input_ids=piece[None].to(hf.device), **with_cache(cache), use_cache=True)
+            cache = cache_from(out)
             logits.append(out.logits[0].float())
     return torch.cat(logits).cpu()
 

@@ -18,6 +18,7 @@ from offload_moe.decode.cache import STEP
 from offload_moe.decode.forward import SeveralCaches
 from offload_moe.decode.latent import NAME as LATENT_ATTENTION
 from offload_moe.errors import BudgetError, TransferError
+from offload_moe.families.cache_name import cache_in
 from offload_moe.families.text_model import TextModel
 from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.plan.budget import give_back_freed_memory
@@ -101,7 +102,7 @@ class ContextRoom:
 
     def before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the decoder: resizes the pool for the tokens that this forward adds."""
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         inputs = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
         inputs = args[0] if inputs is None and args else inputs
         if inputs is None:

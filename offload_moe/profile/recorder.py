@@ -17,6 +17,7 @@ from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.errors import ConfigError
 from offload_moe.experts.attach import SpannedLayers, bound_experts
 from offload_moe.experts.observer import HookObserver
+from offload_moe.families.cache_name import cache_in
 from offload_moe.profile.columns import Columns, Forward, Mark, PackedForward, make_trace, to_columns
 from offload_moe.profile.routers import Router, find_router
 from offload_moe.profile.trace import Trace
@@ -228,7 +229,7 @@ class ScoreCapture(HookObserver):
 
 def _forward_hooks(recorder: Recorder, hf: nn.Module) -> list[Any]:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids, cache = kwargs.get("input_ids", args[0] if args else None), kwargs.get("past_key_values")
+        ids, cache = kwargs.get("input_ids", args[0] if args else None), cache_in(kwargs)
         if ids is None:
             recorder.num_dropped += 1  # called with embeddings instead of token ids
             return

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from offload_moe.families.cache_name import with_cache
 from offload_moe.families.text_model import TextModel
 from offload_moe.speculate.guess import Guess, num_alike
 from offload_moe.system.stopping import leave_if_stopped
@@ -91,6 +92,6 @@ class DraftSource:
     def _pass(self, tokens: Sequence[int]) -> Tensor:
         """The logits ``[V]`` behind these tokens."""
         ids = torch.tensor([tokens], device=self._hf.device)
-        logits: Tensor = self._hf(ids, past_key_values=self._drafted.cache, use_cache=True, logits_to_keep=1).logits
+        logits: Tensor = self._hf(ids, **with_cache(self._drafted.cache), use_cache=True, logits_to_keep=1).logits
         self._drafted.ids += tokens
         return logits[0, -1]

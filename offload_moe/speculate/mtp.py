@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from offload_moe.decode import roll_back
+from offload_moe.families.cache_name import with_cache
 from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.speculate.guess import NO_GUESS, Guess, num_alike
 
@@ -64,7 +65,7 @@ class MtpModule:
         hf = self.hf
         embedded = hf.get_input_embeddings()(torch.tensor([ids], device=states.device))
         x = hf.eh_proj(torch.cat((hf.enorm(embedded), hf.hnorm(states[None])), -1))
-        output = hf.get_decoder()(inputs_embeds=x, past_key_values=cache, use_cache=True)
+        output = hf.get_decoder()(inputs_embeds=x, **with_cache(cache), use_cache=True)
         hidden: Tensor = output.last_hidden_state
         return hidden[0]
 

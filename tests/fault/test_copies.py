@@ -24,6 +24,7 @@ from offload_moe.experts.attach import SpannedLayers
 from offload_moe.experts.device import DeviceArithmetic
 from offload_moe.experts.lookahead import Lookahead
 from offload_moe.experts.probe import PlainRouter, find_probes
+from offload_moe.families.cache_name import cache_from, with_cache
 from offload_moe.memory import copier as copier_module
 from offload_moe.memory.copier import Copier
 from offload_moe.memory.page_lock import PageLock
@@ -128,7 +129,7 @@ def test_lookahead_costs_no_synchronization_of_its_own(model: PreTrainedModel) -
         out = model(input_ids=tokens[:, :4], use_cache=True)
         for place in range(4, 9):
             count()
-            out = model(input_ids=tokens[:, place : place + 1], past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=tokens[:, place : place + 1], **with_cache(cache_from(out)), use_cache=True)
         count()
         return out.logits
 

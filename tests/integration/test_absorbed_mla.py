@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from offload_moe.decode import make_fast
 from offload_moe.decode.latent import NAME, absorb_latents
+from offload_moe.families.cache_name import with_cache
 
 TOLERANCE = 1e-4
 STEPS = 4
@@ -71,7 +72,7 @@ def continue_with(
     tokens = torch.randint(3, 128, (len(mask), num_tokens), generator=torch.Generator().manual_seed(seed))
     mask = torch.nn.functional.pad(mask, (0, num_tokens), value=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -num_tokens:]
-    out = model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+    out = model(input_ids=tokens, attention_mask=mask, position_ids=positions, **with_cache(cache), use_cache=True)
     return out.logits, mask
 
 
@@ -80,7 +81,7 @@ def prompted(model: PreTrainedModel, batch: int) -> tuple[DynamicCache, Tensor, 
     """The cache, mask and logits after a prompt."""
     ids, mask = tiny_prompt(batch, 9)
     cache = DynamicCache(config=model.config)
-    return cache, mask, model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+    return cache, mask, model(input_ids=ids, attention_mask=mask, **with_cache(cache), use_cache=True).logits
 
 
 @pytest.mark.parametrize("batch", [1, 3])

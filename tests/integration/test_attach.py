@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from offload_moe.experts.arithmetic import Arithmetic, choose_arithmetic
 from offload_moe.experts.contract import ExpertsContract
 from offload_moe.experts.device import DeviceArithmetic
+from offload_moe.families.cache_name import cache_from, with_cache
 from offload_moe.memory.simulated import SimulatedCopier
 from offload_moe.quant import Codec, ExpertShape
 
@@ -29,7 +30,7 @@ def prompt_and_decode(model: PreTrainedModel, batch: int) -> Tensor:
         for _ in range(6):
             token = out.logits[:, -1:].argmax(-1)
             mask = torch.cat([mask, torch.ones_like(token)], dim=1)
-            out = model(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=token, attention_mask=mask, **with_cache(cache_from(out)), use_cache=True)
             logits.append(out.logits)
     return torch.cat(logits, dim=1)
 

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from offload_moe.card.stops import Stops
 from offload_moe.decode.cache import give_room
 from offload_moe.errors import BudgetError, DevicePassUnavailable, TransferError
+from offload_moe.families.cache_name import with_cache
 
 pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
 
@@ -188,8 +189,8 @@ def two_forwards(hf: Any, ids: Tensor) -> Tensor:
     cache = DynamicCache(config=hf.config)
     give_room(cache, 512, torch.bfloat16)
     with torch.inference_mode():
-        hf(input_ids=ids[:, :NUM_PROMPT], past_key_values=cache, use_cache=True)
-        found: Tensor = hf.get_decoder()(input_ids=ids[:, NUM_PROMPT:], past_key_values=cache, use_cache=True)[0]
+        hf(input_ids=ids[:, :NUM_PROMPT], **with_cache(cache), use_cache=True)
+        found: Tensor = hf.get_decoder()(input_ids=ids[:, NUM_PROMPT:], **with_cache(cache), use_cache=True)[0]
     assert cache.get_seq_length() == ids.shape[1]
     return found
 
@@ -235,10 +236,10 @@ def token_by_token(hf: Any, ids: Tensor, between: Callable[[], object]) -> Tenso
     give_room(cache, 512, torch.bfloat16)
     found = []
     with torch.inference_mode():
-        hf(input_ids=ids[:, :NUM_PROMPT], past_key_values=cache, use_cache=True)
+        hf(input_ids=ids[:, :NUM_PROMPT], **with_cache(cache), use_cache=True)
         for token in ids[:, NUM_PROMPT:].split(1, dim=1):
             between()
-            found.append(hf.get_decoder()(input_ids=token, past_key_values=cache, use_cache=True)[0])
+            found.append(hf.get_decoder()(input_ids=token, **with_cache(cache), use_cache=True)[0])
     return torch.cat(found, dim=1)
 
 

@@ -17,6 +17,7 @@ from offload_moe.chat.stream import TokenStream
 from offload_moe.decode import next_logits, takes_rows, takes_several
 from offload_moe.decode.cache import give_room
 from offload_moe.errors import TransferError, UnsupportedModelError
+from offload_moe.families.cache_name import with_cache
 from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.speculate.row_governor import RowGovernor
 
@@ -42,7 +43,7 @@ def caches_of(hf: Any) -> list[DynamicCache]:
     for number in range(len(LENGTHS)):
         cache = DynamicCache(config=hf.config)
         give_room(cache, 512, torch.bfloat16)
-        hf.get_decoder()(input_ids=prompt(number), past_key_values=cache, use_cache=True)
+        hf.get_decoder()(input_ids=prompt(number), **with_cache(cache), use_cache=True)
         found.append(cache)
     return found
 
@@ -54,7 +55,7 @@ def logits_alone(hf: Any, tokens: Sequence[Sequence[int]]) -> list[Tensor]:
     return [
         torch.cat(
             [
-                hf(input_ids=torch.tensor([[token]]), past_key_values=cache).logits[0]
+                hf(input_ids=torch.tensor([[token]]), **with_cache(cache)).logits[0]
                 for token, cache in zip(row, caches, strict=True)
             ]
         )
@@ -121,7 +122,7 @@ def answers(hf: Any, together: bool, **settings: Any) -> list[list[int]]:
             eos_token_id=1000, pad_token_id=0, disable_compile=True, max_new_tokens=num_new, **settings
         )
         cache = DynamicCache(config=hf.config)
-        streams.append(TokenStream(hf, prompt(number), config, past_key_values=cache, seed=number))
+        streams.append(TokenStream(hf, prompt(number), config, cache=cache, seed=number))
     left = streams
     while left:
         begun = left if together else left[:1]

@@ -21,6 +21,7 @@ from offload_moe.chat.stream import TokenStream
 from offload_moe.decode import takes_rows
 from offload_moe.decode.cache import give_room
 from offload_moe.errors import BudgetError, DevicePassUnavailable
+from offload_moe.families.cache_name import with_cache
 from offload_moe.speculate.governor import Governor
 from offload_moe.speculate.speculation import Speculation
 from offload_moe.speculate.speculator import Speculator
@@ -100,7 +101,7 @@ def logits_before(hf: Any, tokens: list[int]) -> list[Tensor]:
     give_room(cache, 512, torch.bfloat16)
     with torch.inference_mode():
         rows = [
-            hf(input_ids=part, past_key_values=cache).logits[0, -1]
+            hf(input_ids=part, **with_cache(cache)).logits[0, -1]
             for part in (ids, *torch.tensor([[tokens]]).unbind(-1))
         ]
     return rows[:-1]
@@ -150,7 +151,7 @@ def test_where_there_is_no_memory_for_more_rows_none_are_guessed(
     cache = DynamicCache(config=model.hf.config)
     give_room(cache, 512, torch.bfloat16)
     with torch.inference_mode():
-        model.hf(input_ids=tiny_prompt(1, NUM_PROMPT)[0], past_key_values=cache)
+        model.hf(input_ids=tiny_prompt(1, NUM_PROMPT)[0], **with_cache(cache))
         assert takes_rows(model.hf, cache, 1)
         assert not takes_rows(model.hf, cache, 3)
 

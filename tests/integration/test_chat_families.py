@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from offload_moe.chat.prefix import CONTINUED_FAMILIES
+from offload_moe.families.cache_name import with_cache
 
 COMMON: dict[str, Any] = {
     "vocab_size": 99,
@@ -86,10 +87,10 @@ def test_a_state_is_continued_by_several_tokens_at_once(family: str) -> None:
             parameter.data.normal_(0, 0.1)
     ids = torch.randint(3, 99, (1, 41))
     with torch.no_grad():
-        at_once = model(ids, past_key_values=DynamicCache(config=config)).logits[:, -1]
+        at_once = model(ids, **with_cache(DynamicCache(config=config))).logits[:, -1]
         cache = DynamicCache(config=config)
-        model(ids[:, :25], past_key_values=cache)
-        continued = model(ids[:, 25:], past_key_values=cache).logits[:, -1]
+        model(ids[:, :25], **with_cache(cache))
+        continued = model(ids[:, 25:], **with_cache(cache)).logits[:, -1]
         apart = model(ids[:, 25:]).logits[:, -1]
     torch.testing.assert_close(continued, at_once, rtol=0, atol=2e-5)
     # The state matters: without it the answer is another one.

@@ -15,6 +15,7 @@ from offload_moe.decode.dense import QuantLinear
 from offload_moe.decode.mlp import FusedMLP
 from offload_moe.decode.norm import FusedRMSNorm
 from offload_moe.engine.model import Model
+from offload_moe.families.cache_name import cache_from, with_cache
 
 SHARED = {
     "qwen2_moe": {
@@ -65,7 +66,7 @@ def logits_of(model: Model, batch: int) -> Tensor:
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=out.past_key_values,
+            **with_cache(cache_from(out)),
             use_cache=True,
         )
         logits.append(out.logits)
@@ -147,7 +148,7 @@ def test_generate_fills_a_cache_with_room(checkpoints: dict[str, Path]) -> None:
             for model in (fast_path, plain)
         ]
     assert torch.equal(results[0].sequences, results[1].sequences)
-    assert all(type(layer) is RoomyLayer for layer in results[0].past_key_values.layers)
+    assert all(type(layer) is RoomyLayer for layer in cache_from(results[0]).layers)
 
 
 @pytest.mark.parametrize("dense_codec", [None, "bf16", "nf4"])

@@ -20,6 +20,7 @@ from offload_moe.decode.layer import NativeLayer
 from offload_moe.decode.plan import PassPlan
 from offload_moe.decode.span import LayerSpan
 from offload_moe.engine.model import Model
+from offload_moe.families.cache_name import with_cache
 from offload_moe.native import kernels
 from tests.support.passes import rows_of_calls
 
@@ -52,7 +53,7 @@ def prompt(length: int, seed: int = 0) -> Tensor:
 @torch.inference_mode()
 def after_prompt(model: Model, seed: int = 0, length: int = NUM_PROMPT) -> DynamicCache:
     cache = DynamicCache(config=model.hf.config)
-    model.hf(prompt(length, seed), past_key_values=cache)
+    model.hf(prompt(length, seed), **with_cache(cache))
     return cache
 
 
@@ -61,7 +62,7 @@ def forward(model: Model, ids: Tensor, cache: DynamicCache, **settings: Any) -> 
     """Hidden states ``[T, H]`` and logits ``[T, V]``."""
     hidden: list[Tensor] = []
     handle = model.hf.lm_head.register_forward_pre_hook(lambda module, args: hidden.append(args[0][0]))
-    logits = model.hf(ids[None], past_key_values=cache, **settings).logits[0]
+    logits = model.hf(ids[None], **with_cache(cache), **settings).logits[0]
     handle.remove()
     return hidden[0], logits
 

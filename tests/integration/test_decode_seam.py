@@ -22,6 +22,7 @@ from offload_moe.decode.plan import ModuleLayer, PassPlan
 from offload_moe.decode.probe import Uncovered
 from offload_moe.decode.wiring import wiring_of
 from offload_moe.engine.model import Model
+from offload_moe.families.cache_name import CACHE, cache_from, with_cache
 from tests.support.passes import rows_of_calls
 
 NUM_PROMPT, NUM_NEW = 9, 6
@@ -106,7 +107,7 @@ def test_other_ways_to_generate_take_the_modules(
 @torch.inference_mode()
 def after_prompt(model: Model, cache: Any = None, batch: int = 1) -> Any:
     cache = DynamicCache(config=model.hf.config) if cache is None else cache
-    return model.hf(**prompt(batch), past_key_values=cache, use_cache=True).past_key_values
+    return cache_from(model.hf(**prompt(batch), **with_cache(cache), use_cache=True))
 
 
 def one_more(**settings: Any) -> Callable[[Model], Tensor]:
@@ -115,7 +116,7 @@ def one_more(**settings: Any) -> Callable[[Model], Tensor]:
     def step(model: Model) -> Tensor:
         with torch.inference_mode():
             cache = after_prompt(model)
-            logits: Tensor = model.hf(past_key_values=cache, use_cache=True, **settings).logits
+            logits: Tensor = model.hf(**with_cache(cache), use_cache=True, **settings).logits
         assert cache.get_seq_length() == NUM_PROMPT + settings["input_ids"].shape[1]
         return logits
 
@@ -153,7 +154,7 @@ def test_a_step_passes_where_nothing_else_is_asked_of_it(
     if settings.get("return_dict") is False:
         with torch.inference_mode():
             got, expected = (
-                each.hf(past_key_values=after_prompt(each), use_cache=True, **settings)[0] for each in (model, plain)
+                each.hf(**with_cache(after_prompt(each)), use_cache=True, **settings)[0] for each in (model, plain)
             )
     else:
         got, expected = (one_more(**settings)(each) for each in (model, plain))
@@ -165,7 +166,7 @@ def test_embeddings_in_place_of_a_token_pass(model: Model, passes: list[int]) ->
     expected = one_more(input_ids=TOKEN)(model)
     with torch.inference_mode():
         embedded = model.hf.get_input_embeddings()(TOKEN)
-        got = model.hf(inputs_embeds=embedded, past_key_values=after_prompt(model), use_cache=True).logits
+        got = model.hf(inputs_embeds=embedded, **with_cache(after_prompt(model)), use_cache=True).logits
     assert torch.equal(got, expected)
     assert passes == [NUM_PROMPT, 1, NUM_PROMPT, 1]
 
@@ -174,7 +175,7 @@ def test_embeddings_that_were_given_stay_as_they_are(model: Model) -> None:
     with torch.inference_mode():
         embedded = model.hf.get_input_embeddings()(TOKEN)
         before = embedded.clone()
-        model.hf(inputs_embeds=embedded, past_key_values=after_prompt(model), use_cache=True)
+        model.hf(inputs_embeds=embedded, **with_cache(after_prompt(model)), use_cache=True)
     assert torch.equal(embedded, before)
 
 
@@ -247,12 +248,12 @@ def test_a_decoder_returns_what_its_own_forward_returns(model: Model, plain: Mod
     for each in (model, plain):
         with torch.inference_mode():
             cache = after_prompt(each)
-            outputs.append(each.hf.model(input_ids=TOKEN, past_key_values=cache, use_cache=True))
-        assert outputs[-1].past_key_values is cache
+            outputs.append(each.hf.model(input_ids=TOKEN, **with_cache(cache), use_cache=True))
+        assert cache_from(outputs[-1]) is cache
     got, expected = outputs
     assert passes == [NUM_PROMPT, 1]
     assert type(got) is type(expected)
-    assert list(got) == list(expected) == ["last_hidden_state", "past_key_values"]
+    assert list(got) == list(expected) == ["last_hidden_state", CACHE]
     assert distance(got.last_hidden_state, expected.last_hidden_state) < ROUNDING
     assert got[0] is got["last_hidden_state"] is got.to_tuple()[0] is got.last_hidden_state
     assert got.hidden_states is None
@@ -262,9 +263,9 @@ def test_a_decoder_returns_what_its_own_forward_returns(model: Model, plain: Mod
 def test_both_or_none_of_token_and_embeddings_is_transformers_own_error(model: Model, passes: list[int]) -> None:
     cache = after_prompt(model)
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
-        model.hf.model(past_key_values=cache, use_cache=True)
+        model.hf.model(**with_cache(cache), use_cache=True)
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
-        model.hf.model(input_ids=TOKEN, inputs_embeds=torch.ones(1, 1, 64), past_key_values=cache, use_cache=True)
+        model.hf.model(input_ids=TOKEN, inputs_embeds=torch.ones(1, 1, 64), **with_cache(cache), use_cache=True)
     assert passes == [NUM_PROMPT]
 
 
@@ -273,9 +274,9 @@ def test_a_gradient_goes_through_the_modules(model: Model, plain: Model, passes:
     for each, result in ((model, got), (plain, expected)):
         embedded = each.hf.get_input_embeddings()(TOKEN).detach().clone().requires_grad_()
         with torch.no_grad():
-            cache = each.hf(**prompt(), use_cache=True).past_key_values
+            cache = cache_from(each.hf(**prompt(), use_cache=True))
         try:
-            logits = each.hf(inputs_embeds=embedded, past_key_values=cache, use_cache=True).logits
+            logits = each.hf(inputs_embeds=embedded, **with_cache(cache), use_cache=True).logits
         except RuntimeError as error:  # kernels have no backward
             result.append(type(error))
         else:
@@ -289,14 +290,14 @@ def test_tokens_without_a_cache_take_the_modules(model: Model, passes: list[int]
     with torch.inference_mode():
         out = model.hf(input_ids=TOKEN, use_cache=True)
         assert not passes
-        model.hf(input_ids=TOKEN, past_key_values=out.past_key_values, use_cache=True)
+        model.hf(input_ids=TOKEN, **with_cache(cache_from(out)), use_cache=True)
     assert len(passes) == 1
 
 
 def test_a_static_cache_takes_the_modules(model: Model, passes: list[int]) -> None:
     cache = after_prompt(model, StaticCache(config=model.hf.config, max_cache_len=32))
     with torch.inference_mode():
-        model.hf(input_ids=TOKEN, past_key_values=cache, use_cache=True)
+        model.hf(input_ids=TOKEN, **with_cache(cache), use_cache=True)
     assert not passes
 
 

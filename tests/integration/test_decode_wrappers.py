@@ -15,6 +15,7 @@ from offload_moe.convert.quantize import quantize
 from offload_moe.decode.norm import FusedRMSNorm
 from offload_moe.decode.plan import PassPlan
 from offload_moe.engine.model import Model
+from offload_moe.families.cache_name import with_cache
 from tests.support.passes import rows_of_calls
 
 NUM_PROMPT, NUM_STEPS = 9, 4
@@ -77,7 +78,7 @@ def decoded(model: Model, kind: str) -> Tensor:
     decoder, head = model.hf.get_decoder(), model.hf.get_output_embeddings()
     given, cache, logits = prompt(kind), DynamicCache(config=decoder.config), list[Tensor]()
     for step in range(NUM_STEPS + 1):
-        out = decoder(**given, past_key_values=cache, use_cache=True)
+        out = decoder(**given, **with_cache(cache), use_cache=True)
         logits.append(head(out.last_hidden_state[:, -1]))
         given = {"input_ids": logits[-1].argmax(-1)[None]}
         if kind != "text":

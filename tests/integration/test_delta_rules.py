@@ -26,6 +26,7 @@ from offload_moe.decode.plan import PassPlan
 from offload_moe.decode.probe import Uncovered
 from offload_moe.decode.span import LayerSpan
 from offload_moe.errors import TransferError
+from offload_moe.families.cache_name import with_cache
 from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.plan import Machine, make_plan
 from tests.integration.test_card_pass import logits
@@ -114,7 +115,7 @@ def states_of(layer: Any) -> list[Tensor]:
 def after_prompt(hf: Any, length: int = 9, batch: int = 1) -> Any:
     ids, mask = tiny_prompt(batch, length)
     cache = DynamicCache(config=hf.config)
-    hf(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    hf(ids, attention_mask=mask, **with_cache(cache), use_cache=True)
     return cache
 
 
@@ -132,9 +133,9 @@ def test_calls_that_states_do_not_allow_take_the_modules(stores: dict[str, Path]
                 (torch.tensor([[5]]), DynamicCache(config=hf.config)),
                 (torch.tensor([[5]]), recorded),
             ]
-            found += [[hf(ids, past_key_values=cache, use_cache=True).logits for ids, cache in calls]]
+            found += [[hf(ids, **with_cache(cache), use_cache=True).logits for ids, cache in calls]]
             assert not passes
-            hf(torch.tensor([[5]]), past_key_values=calls[0][1], use_cache=True)
+            hf(torch.tensor([[5]]), **with_cache(calls[0][1]), use_cache=True)
             assert passes == [1] * fast_path
             passes.clear()
     for got, expected in zip(*found, strict=True):
@@ -152,7 +153,7 @@ def test_tokens_of_several_sequences_pass_together(stores: dict[str, Path], pass
         assert got is not None
         decoder = hf.get_decoder()
         for row, token, cache in zip(got, ids, others, strict=True):
-            alone = decoder(input_ids=token[None], past_key_values=cache, use_cache=True).last_hidden_state
+            alone = decoder(input_ids=token[None], **with_cache(cache), use_cache=True).last_hidden_state
             assert torch.equal(row, alone[0, 0])
         assert passes == [3, 1, 1, 1]
 
@@ -179,7 +180,7 @@ def test_a_shared_pass_that_fails_moves_no_state_on(
                 else:
                     got = next_logits(hf, tokens, caches)
                     expected = [
-                        hf(torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits[0, 0]
+                        hf(torch.tensor([[token]]), **with_cache(cache), use_cache=True).logits[0, 0]
                         for token, cache in zip(tokens, others, strict=True)
                     ]
                     assert torch.equal(got, torch.stack(expected))
@@ -195,8 +196,8 @@ def test_tokens_of_a_sequence_pass_in_place(stores: dict[str, Path], passes: lis
         hf, ids = model.hf, torch.tensor([[5, 6, 7, 5, 9]])
         together, alone = after_prompt(hf), after_prompt(hf)
         places = [part.data_ptr() for layer in together.layers[:3] for part in states_of(layer)]
-        got = hf(ids, past_key_values=together, use_cache=True).logits[0]
-        expected = torch.cat([hf(each, past_key_values=alone, use_cache=True).logits[0] for each in ids.split(1, 1)])
+        got = hf(ids, **with_cache(together), use_cache=True).logits[0]
+        expected = torch.cat([hf(each, **with_cache(alone), use_cache=True).logits[0] for each in ids.split(1, 1)])
         assert torch.equal(got, expected)
         assert passes == [5] + [1] * 5
         assert [part.data_ptr() for layer in together.layers[:3] for part in states_of(layer)] == places
@@ -213,7 +214,7 @@ def test_the_plan_counts_the_states_that_passes_keep(stores: dict[str, Path]) ->
             parts.append({part.name: part.num_bytes for part in model.placement.ram.fixed}["key/value cache"])
             cache = after_prompt(model.hf)
             keep_next(cache)
-            model.hf(torch.tensor([[5] * MAX_ROWS]), past_key_values=cache, use_cache=True)
+            model.hf(torch.tensor([[5] * MAX_ROWS]), **with_cache(cache), use_cache=True)
             present = sum(part.nbytes for layer in cache.layers[:3] for part in states_of(layer))
             kept = sum(ring.nbytes for layer in cache.layers[:3] for ring in layer.rings)
     assert kept == (MAX_ROWS + 1) * present
@@ -228,14 +229,14 @@ def test_a_copied_cache_has_the_present_states_alone(stores: dict[str, Path]) ->
         assert not why_no_rows(hf)
         assert takes_rows(hf, cache, 4)
         keep_next(cache)
-        hf(torch.tensor([[5, 6, 7, 8]]), past_key_values=cache, use_cache=True)
+        hf(torch.tensor([[5, 6, 7, 8]]), **with_cache(cache), use_cache=True)
         roll_back(cache, 3)
         twin = copy.deepcopy(cache)
         for mine, theirs in zip(contents(twin), contents(cache), strict=True):
             assert all(map(torch.equal, mine, theirs))
         storages = [part.untyped_storage().nbytes() for layer in twin.layers[:3] for part in states_of(layer)]
         assert storages == [part.nbytes for layer in cache.layers[:3] for part in states_of(layer)]
-        follow = [hf(torch.tensor([[9]]), past_key_values=each, use_cache=True).logits for each in (cache, twin)]
+        follow = [hf(torch.tensor([[9]]), **with_cache(each), use_cache=True).logits for each in (cache, twin)]
         assert torch.equal(*follow)
 
 

@@ -24,6 +24,7 @@ from offload_moe.experts.arithmetic import choose_arithmetic
 from offload_moe.experts.attach import BoundExperts, attach, detach_parameters
 from offload_moe.experts.contract import ExpertsContract
 from offload_moe.experts.device import DeviceArithmetic
+from offload_moe.families.cache_name import cache_from, with_cache
 from offload_moe.memory.mover import Arrived
 from offload_moe.native.device import record_linear
 from offload_moe.native.kernels import SlotTable
@@ -133,7 +134,7 @@ def test_prompt_and_decode_on_cuda(family: str, codec: str, monkeypatch: pytest.
         assert (out.logits.device, out.logits.dtype, out.logits.shape) == (CUDA, torch.bfloat16, (1, 9, 128))
         assert fetches.num_calls == num_layers
         token = torch.ones(1, 1, dtype=torch.int64, device=CUDA)
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=token, **with_cache(cache_from(out)), use_cache=True)
         assert (out.logits.device, out.logits.dtype, out.logits.shape) == (CUDA, torch.bfloat16, (1, 1, 128))
         assert fetches.num_calls == 2 * num_layers
     assert num_layers >= 2

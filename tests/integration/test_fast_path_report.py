@@ -14,6 +14,7 @@ from offload_moe.decode.layer import NativeLayer
 from offload_moe.decode.span import LayerSpan
 from offload_moe.doctor.fast_path import check_fast_path
 from offload_moe.engine.model import Model
+from offload_moe.families.cache_name import cache_from, with_cache
 from offload_moe.store import Store
 
 CHUNKED = "queries scaled by their position and chunks"
@@ -115,8 +116,8 @@ def test_biases_in_a_record_decode_natively(family: str, dense_codec: Literal["i
     for fast_path in (True, False):
         with load(tmp_path / "store", fast_path=fast_path) as model, torch.inference_mode():
             assert not fast_path or kinds(model) == ["span"] * 3
-            cache = model.hf(input_ids=ids, use_cache=True).past_key_values
-            logits.append(model.hf(input_ids=torch.tensor([[5]]), past_key_values=cache).logits)
+            cache = cache_from(model.hf(input_ids=ids, use_cache=True))
+            logits.append(model.hf(input_ids=torch.tensor([[5]]), **with_cache(cache)).logits)
             linear = model.hf.model.layers[0].self_attn.q_proj
             assert linear.shape.biases
     assert (logits[0] - logits[1]).norm() < 0.05 * logits[1].norm()

@@ -13,6 +13,7 @@ from offload_moe.decode.latent import absorb_latents
 from offload_moe.engine.load import load
 from offload_moe.engine.model import Model
 from offload_moe.errors import BudgetError
+from offload_moe.families.cache_name import with_cache
 from offload_moe.plan import room
 from offload_moe.plan.room import may_borrow
 from tests.support.chat import byte_tokenizer, chat_model
@@ -81,7 +82,7 @@ def _two_answers(model: Model) -> torch.Tensor:
         ids = model.hf.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **with_cache(cache),
             max_new_tokens=CHUNKS_AND_TOKENS,
             do_sample=False,
             eos_token_id=None,

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from offload_moe import load
+from offload_moe.families.cache_name import with_cache
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -33,7 +34,7 @@ def filled_cache(hf: Any) -> DynamicCache:
     cache = DynamicCache(config=hf.config)
     ids = torch.randint(3, 60, (BATCH, NUM_TOKENS))
     for _ in range(1 + NUM_DECODED):
-        out = hf(input_ids=ids, past_key_values=cache, use_cache=True)
+        out = hf(input_ids=ids, **with_cache(cache), use_cache=True)
         ids = out.logits[:, -1:].argmax(-1)
     return cache
 

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from offload_moe.convert.quantize import quantize
 from offload_moe.decode import roll_back
 from offload_moe.engine.model import Model
+from offload_moe.families.cache_name import with_cache
 
 CHUNK, NUM_PROMPT, NUM_STEPS = 7, 17, 14
 ROUNDING = 1e-3  # keys and values that round to the neighbour in bf16
@@ -42,7 +43,7 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def logits_of(model: Model, parts: list[int], cache: DynamicCache | None = None) -> Tensor:
     """Of the first tokens, in parts of so many."""
     cache = DynamicCache(config=model.hf.config) if cache is None else cache
-    return torch.cat([model.hf(ids, past_key_values=cache).logits[0] for ids in IDS[:, : sum(parts)].split(parts, 1)])
+    return torch.cat([model.hf(ids, **with_cache(cache)).logits[0] for ids in IDS[:, : sum(parts)].split(parts, 1)])
 
 
 def test_a_long_prompt_and_steps_over_the_borders_of_chunks_are_the_modules(store: Path) -> None:
@@ -74,7 +75,7 @@ def test_tokens_are_taken_back_over_the_border_of_a_chunk(store: Path) -> None:
         cache = DynamicCache(config=model.hf.config)
         logits_of(model, [before], cache)
         with torch.inference_mode():
-            model.hf(IDS[:, -5:], past_key_values=cache)  # others, of which none stays
+            model.hf(IDS[:, -5:], **with_cache(cache))  # others, of which none stays
             roll_back(cache, 5)
-            got = model.hf(IDS[:, before : before + 3], past_key_values=cache).logits[0]
+            got = model.hf(IDS[:, before : before + 3], **with_cache(cache)).logits[0]
         assert torch.equal(got, expected[before:])

@@ -25,6 +25,7 @@ from offload_moe.engine.assemble import skeleton_of
 from offload_moe.engine.build import Blueprint, build, pools_of
 from offload_moe.engine.model import Model
 from offload_moe.engine.mtp import mtp_skeleton
+from offload_moe.families.cache_name import with_cache
 from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.residency.counters import Counters
 from offload_moe.speculate.costs import PassCosts
@@ -96,7 +97,7 @@ def stream_of(
         model.hf,
         PROMPT if prompt is None else prompt,
         GenerationConfig(disable_compile=True, **(defaults | settings)),
-        past_key_values=DynamicCache(config=model.hf.config) if cache is None else cache,
+        cache=DynamicCache(config=model.hf.config) if cache is None else cache,
         seed=seed,
         steering=steering,
         speculator=speculator,
@@ -137,7 +138,7 @@ def entries(model: Model, ids: Sequence[int]) -> tuple[Tensor, DynamicCache]:
     first = PROMPT.shape[1] if is_linear(model) else len(ids)
     pieces = [torch.tensor([ids[:first]]), *torch.tensor([ids[first:]]).split(1, dim=1)]
     decoder = model.hf.get_decoder()
-    found = [decoder(input_ids=each, past_key_values=inner).last_hidden_state for each in pieces if each.numel()]
+    found = [decoder(input_ids=each, **with_cache(inner)).last_hidden_state for each in pieces if each.numel()]
     states = torch.cat(found, dim=1)[0]
     return module(ids[1:], states[:-1], cache)[-1:], cache
 

@@ -14,6 +14,7 @@ from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
 from offload_moe.convert.quantize import quantize
 from offload_moe.engine.model import Model
 from offload_moe.errors import ConfigError
+from offload_moe.families.cache_name import cache_from, with_cache
 from offload_moe.profile import recorder as recorder_module
 from offload_moe.profile.trace import Trace, load_trace, save_trace
 
@@ -123,10 +124,10 @@ def test_a_cache_that_was_cut_begins_a_sequence(stores: dict[str, Path]) -> None
     ids, _ = tiny_prompt(1, NUM_PROMPT)
     with open_model(stores["qwen3_moe"]) as model, torch.inference_mode():
         with model.trace() as recorder:
-            cache = model.hf(input_ids=ids[:, :6]).past_key_values
-            model.hf(input_ids=ids[:, 6:8], past_key_values=cache)
+            cache = cache_from(model.hf(input_ids=ids[:, :6]))
+            model.hf(input_ids=ids[:, 6:8], **with_cache(cache))
             cache.crop(-4)
-            model.hf(input_ids=ids[:, 4:5], past_key_values=cache)
+            model.hf(input_ids=ids[:, 4:5], **with_cache(cache))
         trace = recorder.trace()
     assert trace.sequence_lengths.tolist() == [8, 1]
     assert trace.is_prompt is not None

@@ -15,6 +15,7 @@ from offload_moe import load
 from offload_moe.decode.cache import RoomyLayer, RoomySlidingLayer
 from offload_moe.decode.layer import NativeLayer
 from offload_moe.engine.model import Model
+from offload_moe.families.cache_name import with_cache
 from offload_moe.native import kernels
 
 NUM_TOKENS = 61
@@ -34,7 +35,7 @@ def prompt(length: int = NUM_TOKENS) -> Tensor:
 def forward(model: Model, ids: Tensor, cut: Sequence[int], cache: DynamicCache) -> Tensor:
     """Logits ``[T, V]`` of all tokens, computed so many at a time."""
     parts = ids.split(list(cut), dim=1)
-    return torch.cat([model.hf(part, past_key_values=cache).logits[0] for part in parts])
+    return torch.cat([model.hf(part, **with_cache(cache)).logits[0] for part in parts])
 
 
 def new_cache(model: Model) -> DynamicCache:
@@ -171,7 +172,7 @@ def test_a_window_gives_the_room_of_a_prompt_back(stores: dict[str, Path]) -> No
 def test_an_empty_cache_of_any_kind_takes_a_prompt(stores: dict[str, Path], mask: Tensor | None) -> None:
     with open_model(stores["qwen3_moe, int8"]) as model, torch.inference_mode():
         expected = forward(model, prompt(), [61], new_cache(model))
-        got = model.hf(prompt(), attention_mask=mask, past_key_values=DynamicCache()).logits[0]
+        got = model.hf(prompt(), attention_mask=mask, **with_cache(DynamicCache())).logits[0]
     assert torch.equal(got, expected)
 
 
@@ -181,8 +182,8 @@ def test_padded_prompts_and_batches_take_the_modules(stores: dict[str, Path], ca
         calls.clear()
         padded = torch.cat((torch.zeros(1, 3, dtype=torch.int64), prompt()), 1)
         mask = (torch.arange(64) >= 3).long()[None]
-        got = model.hf(padded, attention_mask=mask, past_key_values=new_cache(model)).logits[0, 3:]
-        both = model.hf(prompt().repeat(2, 1), past_key_values=new_cache(model)).logits
+        got = model.hf(padded, attention_mask=mask, **with_cache(new_cache(model))).logits[0, 3:]
+        both = model.hf(prompt().repeat(2, 1), **with_cache(new_cache(model))).logits
     assert not calls
     for each in (got, *both):
         assert (each - expected).norm() < 0.05 * expected.norm()

@@ -13,6 +13,7 @@ from offload_moe.chat import prompt_chunks
 from offload_moe.convert.quantize import quantize
 from offload_moe.decode.forward import DecoderForward
 from offload_moe.engine.model import Model
+from offload_moe.families.cache_name import with_cache
 from offload_moe.memory.disk import DiskMover
 from offload_moe.memory.mover import Arrived
 
@@ -82,7 +83,7 @@ def test_tokens_do_not_depend_on_the_length_of_chunks(
             ids = torch.arange(3, 60)[None]
             with torch.inference_mode():
                 for part in ids.split(chunk, 1):
-                    model.hf(part, past_key_values=cache)
+                    model.hf(part, **with_cache(cache))
             said.append(say(model))
         kept.append([part for layer in cache.layers for part in (layer.keys, layer.values)])
     assert said[0] == said[1] == said[2]

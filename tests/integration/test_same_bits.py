@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from offload_moe import load
 from offload_moe.convert.quantize import quantize
 from offload_moe.engine.model import Model
+from offload_moe.families.cache_name import with_cache
 from offload_moe.native import kernels
 
 pytestmark = pytest.mark.usefixtures("best_kernels_afterwards")
@@ -47,8 +48,8 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
 @torch.inference_mode()
 def logits_of(model: Model) -> Tensor:
     cache = DynamicCache(config=model.hf.config)
-    model.hf(torch.arange(3, 3 + NUM_PROMPT)[None], past_key_values=cache)
-    return torch.cat([model.hf(torch.tensor([[5 + step]]), past_key_values=cache).logits for step in range(NUM_STEPS)])
+    model.hf(torch.arange(3, 3 + NUM_PROMPT)[None], **with_cache(cache))
+    return torch.cat([model.hf(torch.tensor([[5 + step]]), **with_cache(cache)).logits for step in range(NUM_STEPS)])
 
 
 @pytest.mark.parametrize(("family", "changes"), FAMILIES)

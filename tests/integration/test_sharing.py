@@ -129,7 +129,7 @@ class Answer:
             model.hf,
             torch.randint(3, 64, (1, LENGTHS[number]), generator=generator),
             config,
-            past_key_values=self.cache,
+            cache=self.cache,
             tokenizer=byte_tokenizer(),
             seed=number,
             stop_event=stop_event,

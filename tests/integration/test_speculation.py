@@ -18,6 +18,7 @@ from offload_moe.chat.steering import Steering
 from offload_moe.chat.stream import TokenStream
 from offload_moe.convert.quantize import quantize
 from offload_moe.engine.model import Model
+from offload_moe.families.cache_name import with_cache
 from offload_moe.residency.counters import Counters
 from offload_moe.speculate.costs import PassCosts
 from offload_moe.speculate.governor import EveryGuess, Governor
@@ -116,7 +117,7 @@ def stream_of(model: Model, source: Any = None, *, cache: Any = None, **settings
         model.hf,
         PROMPT,
         config_of(**settings),
-        past_key_values=cache,
+        cache=cache,
         tokenizer=byte_tokenizer(),
         seed=5,
         steering=steering,
@@ -276,10 +277,10 @@ def second_token_shares(model: Model, top_k: int) -> dict[int, float]:
 
     def draw(ids: list[int]) -> list[tuple[int, float]]:
         cache = DynamicCache(config=model.hf.config)
-        model.hf(PROMPT, past_key_values=cache)
+        model.hf(PROMPT, **with_cache(cache))
         logits = model.hf(PROMPT).logits[0, -1]
         for token in ids:
-            logits = model.hf(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+            logits = model.hf(torch.tensor([[token]]), **with_cache(cache)).logits[0, -1]
         values, tokens = logits.topk(top_k)
         return list(zip(tokens.tolist(), values.softmax(-1).tolist(), strict=True))
 
@@ -299,11 +300,11 @@ def test_sampled_tokens_have_the_models_distribution(model: Model) -> None:
     counts: Counter[int] = Counter()
     num_answers, base = 2_000, DynamicCache(config=model.hf.config)
     with torch.inference_mode():
-        model.hf(PROMPT[:, :-1], past_key_values=base)
+        model.hf(PROMPT[:, :-1], **with_cache(base))
     config = config_of(do_sample=True, temperature=1.0, top_k=3, max_new_tokens=3)
     for _ in range(num_answers):
         source = Recalled([0, likeliest, likeliest], [(2, 2)])
-        stream = TokenStream(model.hf, PROMPT, config, past_key_values=base, speculator=speculator_of(source))
+        stream = TokenStream(model.hf, PROMPT, config, cache=base, speculator=speculator_of(source))
         counts[list(stream)[1]] += 1
         for layer in base.layers:
             layer.keys, layer.values = layer.keys[:, :, : len(PROMPT[0]) - 1], layer.values[:, :, : len(PROMPT[0]) - 1]

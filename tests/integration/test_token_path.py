@@ -15,6 +15,7 @@ from support.tiny_models import tiny_model, tiny_prompt
 
 from offload_moe.convert.quantize import quantize
 from offload_moe.engine.model import Model
+from offload_moe.families.cache_name import cache_from, with_cache
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "offload_moe"
@@ -40,7 +41,7 @@ def traced(model: Model) -> tuple[set[str], set[str]]:
     """Python files of the package whose functions are called, by whichever thread: in a token that misses an expert,
     and in any of twenty."""
     ids, _ = tiny_prompt(1, 9)
-    cache = model.hf(input_ids=ids, use_cache=True).past_key_values
+    cache = cache_from(model.hf(input_ids=ids, use_cache=True))
     seen: set[str] = set()
 
     def note(frame: Any, event: str, _: object) -> None:
@@ -55,7 +56,7 @@ def traced(model: Model) -> tuple[set[str], set[str]]:
         threading.setprofile(note)
         sys.setprofile(note)
         try:
-            model.hf(input_ids=torch.tensor([[5 + token]]), past_key_values=cache, use_cache=True)
+            model.hf(input_ids=torch.tensor([[5 + token]]), **with_cache(cache), use_cache=True)
         finally:
             sys.setprofile(None)
             threading.setprofile(None)

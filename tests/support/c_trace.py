@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from offload_moe.families.cache_name import cache_from, with_cache
+
 ROOT = Path(__file__).parents[2]
 NATIVE = ROOT / "offload_moe/native"
 COUNTERS = """
@@ -79,11 +81,11 @@ def main(store: Path) -> None:
 
     library = ctypes.CDLL(str(Path(offload_moe.__file__).parent / "native" / "_native.so"))
     with torch.inference_mode(), open_model(store, 12, prefetch=0) as model:
-        cache = model.hf(input_ids=tiny_prompt(1, 9)[0], use_cache=True).past_key_values
+        cache = cache_from(model.hf(input_ids=tiny_prompt(1, 9)[0], use_cache=True))
         before = model.stats.copy()
         library.om_trace_reset()
         for token in range(20):
-            model.hf(input_ids=torch.tensor([[5 + token]]), past_key_values=cache, use_cache=True)
+            model.hf(input_ids=torch.tensor([[5 + token]]), **with_cache(cache), use_cache=True)
         library.om_trace_dump()
         assert model.stats.since(before).num_misses > 0
         os._exit(0)  # what ends later is not counted

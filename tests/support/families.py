@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from offload_moe import load
 from offload_moe.checkpoint.skeleton import auto_class
 from offload_moe.engine.model import Model
+from offload_moe.families.cache_name import cache_from, with_cache
 from support.checkpoints import write_checkpoint
 from support.products import products_of_operands_alone
 
@@ -57,7 +58,7 @@ def prompt_and_decode(hf: Any, prompt: Tensor = PROMPT) -> Tensor:
             inputs = {"decoder_input_ids": token, "encoder_outputs": encoded}
         else:
             inputs = {"input_ids": token, "use_cache": True}
-        out = hf(**inputs, past_key_values=out.past_key_values)
+        out = hf(**inputs, **with_cache(cache_from(out)))
         logits.append(out.logits)
     return torch.cat(logits, dim=1)
 

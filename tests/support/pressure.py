@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from offload_moe.experts.attach import BoundExperts, bound_experts
+from offload_moe.families.cache_name import cache_from, with_cache
 from offload_moe.residency.residency import SlotState
 from offload_moe.residency.scheduler import Scheduler
 from support.tiny_models import tiny_prompt
@@ -22,8 +23,8 @@ def generate(model: PreTrainedModel, num_tokens: int = 3, seed: int = 0) -> Tens
     cache = None
     with torch.inference_mode():
         for _ in range(num_tokens):
-            out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(input_ids=ids, attention_mask=mask, **with_cache(cache), use_cache=True)
+            cache = cache_from(out)
             logits.append(out.logits)
             ids = out.logits[:, -1:].argmax(-1)
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)

@@ -14,6 +14,7 @@ from offload_moe.chat import ChatSession, Piece
 from offload_moe.chat.prefix import CONTINUED_FAMILIES, PrefixCache
 from offload_moe.chat.stream import TokenStream
 from offload_moe.errors import BudgetError, ConfigError
+from offload_moe.families.cache_name import with_cache
 from offload_moe.residency.counters import Counters
 from tests.support.chat import CHATML, END_OF_TEXT, Scripted, byte_tokenizer, chat_model, ids_of
 
@@ -151,7 +152,7 @@ def test_states_count_among_a_caches_bytes() -> None:
     cache = prefix.cache
     assert cache is not None
     with torch.inference_mode():
-        model(torch.tensor([[5, 6, 7, 8]]), use_cache=True, past_key_values=cache)
+        model(torch.tensor([[5, 6, 7, 8]]), use_cache=True, **with_cache(cache))
     states = [value for layer in cache.layers for value in getattr(layer, "recurrent_states", {}).values()]
     assert states
     assert prefix.num_bytes > sum(value.nbytes for value in states)

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from offload_moe.errors import BudgetError, TransferError
+from offload_moe.families.cache_name import CACHE
 from offload_moe.plan import room
 from offload_moe.plan.budget import CPU_PROMPT_TOKENS
 from offload_moe.plan.machine import Machine
@@ -52,7 +53,7 @@ class Forwards:
 
     def step(self, cache: DynamicCache, num_new: int) -> None:
         ids = torch.zeros(1, num_new, dtype=torch.long)
-        self.room.before_forward(None, (), {"input_ids": ids, "past_key_values": cache})
+        self.room.before_forward(None, (), {"input_ids": ids, CACHE: cache})
         states = torch.zeros(1, 1, num_new, 1)
         cache.update(states, states, 0)
 
@@ -213,8 +214,8 @@ def test_a_prompt_counts_the_activations_of_its_new_tokens(forwards: Forwards) -
 
 
 def test_what_is_no_cache_is_left_alone(forwards: Forwards) -> None:
-    forwards.room.before_forward(None, (), {"input_ids": torch.zeros(1, 9999), "past_key_values": None})
-    forwards.room.before_forward(None, (), {"past_key_values": SimpleNamespace()})
+    forwards.room.before_forward(None, (), {"input_ids": torch.zeros(1, 9999), CACHE: None})
+    forwards.room.before_forward(None, (), {CACHE: SimpleNamespace()})
     assert forwards.slots == 18
 
 
@@ -249,7 +250,7 @@ def test_a_forward_without_a_cache_takes_back_what_was_borrowed_and_no_more(borr
     borrowing.step(cache, 10)
     borrowing.step(cache, 1)
     assert borrowing.slots > 50
-    borrowing.room.before_forward(None, (torch.zeros(1, 9999),), {"past_key_values": None})
+    borrowing.room.before_forward(None, (torch.zeros(1, 9999),), {CACHE: None})
     assert borrowing.slots == 50
     borrowing.step(cache, 1)
     assert borrowing.slots > 50

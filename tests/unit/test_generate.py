@@ -73,7 +73,7 @@ def test_a_cache_is_freed_with_its_last_holder(model: PreTrainedModel) -> None:
     is_alive = weakref.ref(cache)
     gc.disable()
     try:
-        with stream_tokens(model, None, torch.arange(1, 9)[None], past_key_values=cache, max_new_tokens=3) as tokens:
+        with stream_tokens(model, None, torch.arange(1, 9)[None], cache=cache, max_new_tokens=3) as tokens:
             assert len(list(tokens)) == 3
         del cache
         assert is_alive() is None

@@ -12,6 +12,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 
 from offload_moe.decode.delta import DeltaForward, fuse_delta_rules, projection_names
 from offload_moe.errors import ConfigError
+from offload_moe.families.cache_name import with_states
 from offload_moe.native import kernels
 from tests.support.kernels import PANEL_SETS
 
@@ -50,7 +51,7 @@ def module_of(kind: str, shape: tuple[int, int, int, int, int] = SHAPES[0]) -> A
 
 def cache_of(module: Any, prompt: Tensor, forward: Any) -> Any:
     cache = Cache(layers=[LinearAttentionLayer() for _ in range(2)])
-    forward(prompt, cache_params=cache)
+    forward(prompt, **with_states(cache))
     return cache
 
 
@@ -63,7 +64,7 @@ def steps(module: Any, forward: Any, num_steps: int = 6) -> list[Tensor]:
     x = torch.randn(7 + num_steps, 24, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
         cache = cache_of(module, x[None, :7], forward)
-        found = [forward(each[None], cache_params=cache) for each in x[7:].split(1)]
+        found = [forward(each[None], **with_states(cache)) for each in x[7:].split(1)]
         return [*found, *states_of(cache)]
 
 
@@ -128,7 +129,7 @@ def test_rows_of_several_sequences_have_the_bits_of_each_alone_in_every_set(kind
     with torch.inference_mode():
         for at, x in enumerate(xs):
             cache = cache_of(module, prompt + at, module.forward)
-            expected = [module.forward(x[None, None], cache_params=cache)[0, 0], *states_of(cache)]
+            expected = [module.forward(x[None, None], **with_states(cache))[0, 0], *states_of(cache)]
             for got, wanted in zip((found[0][0][at], *found[0][1 + 2 * at : 3 + 2 * at]), expected, strict=True):
                 assert wanted.abs().max() > 1e-3
                 assert (got - wanted).norm() <= 3e-6 * wanted.norm()
@@ -162,10 +163,10 @@ def test_prompts_batches_and_calls_without_states_take_the_modules_own_forward()
         assert torch.equal(fused(x), module.forward(x))
         assert torch.equal(fused(x[:1, :1], attention_mask=None), module.forward(x[:1, :1]))
         one, other = (cache_of(module, x, forward) for forward in (fused, module.forward))
-        assert torch.equal(fused(x[:, :1], cache_params=one), module.forward(x[:, :1], cache_params=other))
+        assert torch.equal(fused(x[:, :1], **with_states(one)), module.forward(x[:, :1], **with_states(other)))
         assert all(map(torch.equal, states_of(one), states_of(other)))
     step = x[:1, :1].clone().requires_grad_()
-    assert fused(step, cache_params=cache_of(module, x[:1], module.forward)).requires_grad
+    assert fused(step, **with_states(cache_of(module, x[:1], module.forward))).requires_grad
 
 
 @pytest.mark.parametrize("bias", [-100.0, 19.9, 20.1, 100.0])

@@ -9,6 +9,7 @@ from transformers import AutoConfig, DynamicCache, PreTrainedModel
 
 from offload_moe.decode.cache import give_room
 from offload_moe.decode.latent import absorb_latents
+from offload_moe.families.cache_name import with_cache
 from offload_moe.plan.attention import describe_attention
 from offload_moe.plan.parameters import describe_model
 from offload_moe.plan.working import activation_bytes, cache_bytes
@@ -88,10 +89,10 @@ def _peak_of_last(model: PreTrainedModel, num_new: int) -> int:
     cache = DynamicCache(config=model.config)
     ids = torch.full((1, CONTEXT), 3)
     with torch.inference_mode():
-        model(ids[:, :-num_new], past_key_values=cache)
+        model(ids[:, :-num_new], **with_cache(cache))
         give_room(cache, CONTEXT)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            model(ids[:, -num_new:], past_key_values=cache, logits_to_keep=1)
+            model(ids[:, -num_new:], **with_cache(cache), logits_to_keep=1)
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

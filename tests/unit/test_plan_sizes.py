@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from offload_moe.checkpoint.experts import find_experts
 from offload_moe.convert.quantize import quantize
 from offload_moe.decode.cache import give_room
+from offload_moe.families.cache_name import with_cache
 from offload_moe.plan.budget import DEVICE_PROMPT_TOKENS
 from offload_moe.plan.machine import Machine
 from offload_moe.plan.outlook import look_ahead
@@ -111,8 +112,8 @@ def cached_bytes(model: PreTrainedModel, context: int) -> int:
     cache = DynamicCache(config=model.config)
     ids = torch.arange(3, 3 + context)[None]
     with torch.inference_mode():
-        model(ids[:, :-1], past_key_values=cache)
-        model(ids[:, -1:], past_key_values=cache)
+        model(ids[:, :-1], **with_cache(cache))
+        model(ids[:, -1:], **with_cache(cache))
     total = 0
     for layer in cache.layers:
         held = vars(layer).values()
@@ -144,7 +145,7 @@ def test_a_cache_in_bf16_is_as_large_as_a_real_one(family: str) -> None:
     cache = DynamicCache(config=model.config)
     give_room(cache, kept=torch.bfloat16)
     with torch.inference_mode():
-        model(torch.arange(3, 43)[None], past_key_values=cache)
+        model(torch.arange(3, 43)[None], **with_cache(cache))
     names = [(layer, name) for layer in cache.layers for name in {*vars(layer), "keys", "values"} if name[0] != "_"]
     held = [getattr(layer, name, None) for layer, name in names]
     tensors = [part for value in held for part in (value.values() if isinstance(value, dict) else [value])]

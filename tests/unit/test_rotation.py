@@ -19,6 +19,7 @@ from offload_moe.checkpoint.skeleton import build_skeleton
 from offload_moe.decode import make_fast
 from offload_moe.decode.rotation import Rotation, rotation_keeper
 from offload_moe.errors import ConfigError, UnsupportedModelError
+from offload_moe.families.cache_name import cache_from, with_cache
 
 WINDOW, CHUNK = 48, 16
 TOLERANCE = 2e-4
@@ -153,11 +154,11 @@ def test_beams_cross_together() -> None:
 def test_a_cache_of_the_caller_is_brought_up_to_date(name: str) -> None:
     hf, ids = ours(name), prompt_of(WINDOW + 6)
     cache = DynamicCache(config=hf.config)
-    generate(hf, ids[:, : WINDOW - 4], 1, past_key_values=cache)
-    check_every_step(name, generate(hf, ids, 2, past_key_values=copy.deepcopy(cache)), ids.shape[1])
-    check_every_step(name, generate(hf, ids, 2, past_key_values=cache), ids.shape[1])
+    generate(hf, ids[:, : WINDOW - 4], 1, **with_cache(cache))
+    check_every_step(name, generate(hf, ids, 2, **with_cache(copy.deepcopy(cache))), ids.shape[1])
+    check_every_step(name, generate(hf, ids, 2, **with_cache(cache)), ids.shape[1])
     cache.crop(-(cache.get_seq_length() - 20))  # of keys for a long sequence
-    check_every_step(name, generate(hf, ids[:, :30], 2, past_key_values=cache), 30)
+    check_every_step(name, generate(hf, ids[:, :30], 2, **with_cache(cache)), 30)
 
 
 def test_a_sequence_that_is_not_given_whole_is_refused() -> None:
@@ -169,9 +170,9 @@ def test_a_sequence_that_is_not_given_whole_is_refused() -> None:
 def test_a_forward_that_continues_across_the_window_says_so(caplog: pytest.LogCaptureFixture) -> None:
     hf, ids = ours("longrope"), prompt_of(WINDOW + 4)
     with torch.inference_mode():
-        cache = hf(ids[:, :-8], use_cache=True).past_key_values
+        cache = cache_from(hf(ids[:, :-8], use_cache=True))
         assert not caplog.records
-        hf(ids[:, -8:], past_key_values=cache)
+        hf(ids[:, -8:], **with_cache(cache))
     assert f"beyond {WINDOW} tokens" in caplog.text
 
 

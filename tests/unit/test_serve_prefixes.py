@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from offload_moe.chat.prefix import PrefixCache
+from offload_moe.families.cache_name import with_cache
 from offload_moe.serve.prefixes import Prefixes
 from tests.support.chat import chat_model
 
@@ -28,7 +29,7 @@ class Desk:
         prefix = self.prefixes.lend(ids)
         num_reused, _ = prefix.begin(ids)
         with torch.inference_mode():
-            out = self.model(torch.tensor([ids[num_reused:]]), past_key_values=prefix.cache)
+            out = self.model(torch.tensor([ids[num_reused:]]), **with_cache(prefix.cache))
         self.logits = out.logits[0, -1]
         self.made += [prefix] if prefix not in self.made else []
         prefix.commit(prefix.cache, ids, is_whole=True)

@@ -13,6 +13,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, T5Conf
 from offload_moe.chat import prompt_chunks
 from offload_moe.chat.stream import TokenStream
 from offload_moe.errors import ConfigError
+from offload_moe.families.cache_name import with_cache
 from tests.support.chat import byte_tokenizer, chat_model
 
 PROMPT = torch.tensor([[72, 101, 108, 108, 111, 32, 72, 101, 108, 108, 111]])
@@ -137,11 +138,11 @@ def test_an_encoder_decoder_gives_the_tokens_of_generate(settings: dict[str, Any
 
 def test_a_cache_is_continued(llama: PreTrainedModel) -> None:
     cache = DynamicCache(config=llama.config)
-    llama(PROMPT[:, :6], past_key_values=cache)
+    llama(PROMPT[:, :6], **with_cache(cache))
     config = config_of(llama)
-    assert tokens_of(llama, config, past_key_values=cache) == expected(llama, config)
+    assert tokens_of(llama, config, cache=cache) == expected(llama, config)
     with pytest.raises(ConfigError, match=r"holds 24 tokens and the sequence has 11"):
-        tokens_of(llama, config, past_key_values=cache)
+        tokens_of(llama, config, cache=cache)
 
 
 def test_the_callers_random_numbers_go_on_where_no_seed_is_given(llama: PreTrainedModel) -> None:
@@ -220,7 +221,7 @@ def test_an_interrupt_waits_for_the_end_of_the_step(llama: PreTrainedModel) -> N
     config, cache = config_of(llama), DynamicCache(config=llama.config)
     whole = tokens_of(llama, config)
     handle = llama.model.layers[0].register_forward_pre_hook(at_forward(3, interrupt))
-    stream, seen = TokenStream(llama, PROMPT, config, past_key_values=cache), []
+    stream, seen = TokenStream(llama, PROMPT, config, cache=cache), []
     with pytest.raises(KeyboardInterrupt):
         seen += stream
     handle.remove()

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import transformers
 
+from offload_moe.families.cache_name import CACHE, OLD, OLD_STATES, STATES, cache_in, take_cache
 from offload_moe.families.layer_classes import LAYERS
 
 ROOT = Path(__file__).parents[2]
@@ -50,31 +51,40 @@ ATTRIBUTES = {
 PARAMETERS = {
     "layer": {
         "position_embeddings": "offload_moe/decode/plan.py",
-        "past_key_values": "offload_moe/decode/plan.py",
+        CACHE: "offload_moe/families/cache_name.py",
         "attention_mask": "offload_moe/decode/plan.py",
     },
     "attention": {
         "position_embeddings": "offload_moe/decode/attention.py",
-        "past_key_values": "offload_moe/decode/attention.py",
+        CACHE: "offload_moe/families/cache_name.py",
         "attention_mask": "offload_moe/decode/attention.py",
     },
     "decoder": {
         "input_ids": "offload_moe/decode/wiring.py",
         "position_ids": "offload_moe/decode/forward.py",
-        "past_key_values": "offload_moe/decode/forward.py",
+        CACHE: "offload_moe/families/cache_name.py",
         "use_cache": "offload_moe/decode/forward.py",
     },
     "model": {
         "input_ids": "offload_moe/chat/steps.py",
         "position_ids": "offload_moe/chat/steps.py",
         "attention_mask": "offload_moe/chat/steps.py",
-        "past_key_values": "offload_moe/chat/steps.py",
+        CACHE: "offload_moe/families/cache_name.py",
         "logits_to_keep": "offload_moe/chat/steps.py",
     },
+    "linear attention": {STATES: "offload_moe/families/cache_name.py"},
+}
+SUFFIXES = {
+    "layer": "DecoderLayer",
+    "attention": "Attention",
+    "decoder": "Model",
+    "model": "ForCausalLM",
+    "linear attention": "GatedDeltaNet",
 }
 OUTPUTS = {
-    "MoeModelOutputWithPast": "offload_moe/decode/wiring.py",
-    "MoeCausalLMOutputWithPast": "offload_moe/chat/steps.py",
+    "modeling_outputs:MoeModelOutputWithPast": "offload_moe/decode/wiring.py",
+    "modeling_outputs:MoeCausalLMOutputWithPast": "offload_moe/chat/steps.py",
+    "generation.utils:GenerateDecoderOnlyOutput": "tests/integration/test_decode.py",
 }
 
 
@@ -190,9 +200,8 @@ def test_attributes_of_objects_are_there() -> None:
 
 def declared(kind: str) -> Iterator[type]:
     """The classes of this kind that belong to the declared decoder layers."""
-    suffix = {"layer": "DecoderLayer", "attention": "Attention", "decoder": "Model", "model": "ForCausalLM"}[kind]
     for name, module in modeling_modules().items():
-        found = getattr(import_module(module), name.removesuffix("DecoderLayer") + suffix, None)
+        found = getattr(import_module(module), name.removesuffix("DecoderLayer") + SUFFIXES[kind], None)
         if found is not None:
             yield found
 
@@ -211,7 +220,7 @@ def modeling_modules() -> dict[str, str]:
 @pytest.mark.parametrize("kind", PARAMETERS)
 def test_forwards_take_what_is_passed(kind: str) -> None:
     classes = list(declared(kind))
-    assert len(classes) > 15
+    assert len(classes) > (1 if kind == "linear attention" else 15)
     drifted = []
     for name, place in PARAMETERS[kind].items():
         assert name in (ROOT / place).read_text(encoding="utf-8"), f"{place} uses no {name}: mend this list"
@@ -228,7 +237,25 @@ def test_forwards_take_what_is_passed(kind: str) -> None:
 def test_outputs_have_a_cache() -> None:
     drifted = []
     for name, place in OUTPUTS.items():
-        fields = value_of("transformers.modeling_outputs", name).__dataclass_fields__
-        if "past_key_values" not in fields:
-            drifted.append(f"{name} has no past_key_values, which {place} reads; it has {', '.join(fields)}")
+        module, name = name.split(":")
+        fields = value_of(f"transformers.{module}", name).__dataclass_fields__
+        if CACHE not in fields:
+            drifted.append(f"{name} has no {CACHE}, which {place} reads; it has {', '.join(fields)}")
     assert_none(drifted)
+
+
+@pytest.mark.parametrize(("name", "passed"), [(CACHE, 1), (OLD, 1), ("use_cache", None)])
+def test_a_cache_is_found_by_either_name(name: str, passed: int | None) -> None:
+    arguments = {"input_ids": 0, name: 1}
+    assert cache_in(arguments) == passed
+    assert take_cache(arguments) == passed
+    assert arguments == ({"input_ids": 0} if passed else {"input_ids": 0, name: 1})
+
+
+def test_no_other_file_has_the_names_of_a_cache() -> None:
+    """The tests, too: newer versions warn of the older names."""
+    allowed = (ROOT / "offload_moe/families/cache_name.py", Path(__file__))
+    folders = ("offload_moe", "cli", "benchmarks", "tests")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py") if path not in allowed]
+    assert len(files) > 500
+    assert [path for path in files if any(name in path.read_text(encoding="utf-8") for name in (OLD, OLD_STATES))] == []
