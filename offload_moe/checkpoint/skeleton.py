@@ -199,3 +199,19 @@ def auto_class(config: "PreTrainedConfig") -> "type[AutoModelForCausalLM]":
         if type(config) in candidate._model_mapping:
             return candidate
     raise UnsupportedModelError(f"transformers has no text-generating model for model type {config.model_type!r}.")
+
+
+class DtypePlan:
+    """Which dtype each dense tensor is computed in: the skeleton's, except what the model class keeps in fp32.
+
+    Source: transformers/core_model_loading.py, `convert_and_load_state_dict_in_model` step 3.
+    """
+
+    def __init__(self, hf: TextModel, dtype: torch.dtype) -> None:
+        from transformers.core_model_loading import build_glob_alternation
+
+        plan = hf._get_dtype_plan(dtype)
+        self._kept = build_glob_alternation(list(plan))[0] if plan else None
+
+    def of(self, name: str, skeleton_dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if self._kept is not None and self._kept.search(name) else skeleton_dtype

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
 from offload_moe.checkpoint.generation import load_generation_config
 from offload_moe.checkpoint.linears import projection_linears
-from offload_moe.checkpoint.skeleton import skeleton_in
+from offload_moe.checkpoint.skeleton import DtypePlan, skeleton_in
 from offload_moe.checkpoint.ties import share_tied_weights, untie
 from offload_moe.decode.dense import NarrowEmbedding, QuantLinear, RecordEmbedding, lookup_tables, quantize_linear
 from offload_moe.errors import StoreError
@@ -29,22 +29,6 @@ class Assembled:
     hf: TextModel
     layers: list[ExpertsModule]
     notices: tuple[str, ...] = ()
-
-
-class DtypePlan:
-    """Which dtype each dense tensor is computed in: the skeleton's, except what the model class keeps in fp32.
-
-    Source: transformers/core_model_loading.py, `convert_and_load_state_dict_in_model` step 3.
-    """
-
-    def __init__(self, hf: TextModel, dtype: torch.dtype) -> None:
-        from transformers.core_model_loading import build_glob_alternation
-
-        plan = hf._get_dtype_plan(dtype)
-        self._kept = build_glob_alternation(list(plan))[0] if plan else None
-
-    def of(self, name: str, skeleton_dtype: torch.dtype) -> torch.dtype:
-        return torch.float32 if self._kept is not None and self._kept.search(name) else skeleton_dtype
 
 
 def skeleton_of(store: Store, dtype: torch.dtype) -> Any:

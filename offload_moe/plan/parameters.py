@@ -8,14 +8,14 @@ import copy
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
 from offload_moe.checkpoint.linears import projection_linears
-from offload_moe.checkpoint.skeleton import build_skeleton
+from offload_moe.checkpoint.skeleton import DtypePlan, build_skeleton
 from offload_moe.checkpoint.ties import untie
 from offload_moe.errors import UnsupportedModelError
 from offload_moe.families.text_model import TextModel
@@ -54,6 +54,7 @@ class DenseWeight:
     is_parameter: bool = True
     linear: ExpertShape | None = None
     record_bytes: int | None = None  # of one that a store keeps in a type of its own
+    stays_fp32: bool = False  # whatever is computed in
     stays_bf16: bool = False  # an embedding kept in bf16 and widened at look-up, if the CPU computes in fp32
 
 
@@ -167,20 +168,20 @@ def _dense_weights(model: TextModel, experts: list[ExpertsModule]) -> tuple[Dens
     tied = set(getattr(model, "all_tied_weights_keys", ()))
     linears = projection_linears(model)
     inside = {f"{name}.{part}" for name, linear in linears.items() for part, _ in linear.named_parameters()}
-    weights = [
-        DenseWeight(
-            name=f"{name}.weight",
-            num_elements=sum(parameter.numel() for parameter in linear.parameters()),
-            dtype=linear.weight.dtype,
-            linear=linear_shape(linear),
-        )
-        for name, linear in linears.items()
-    ]
-    weights += [
-        DenseWeight(name=name, num_elements=tensor.numel(), dtype=tensor.dtype, is_parameter=name in parameters)
-        for name, tensor in model.state_dict().items()
-        if name not in routed and name not in tied and name not in inside
-    ]
+    dtypes, published = DtypePlan(model, torch.bfloat16), model.dtype
+
+    def weight(name: str, tensor: torch.Tensor, num_elements: int, **what: Any) -> DenseWeight:
+        stays_fp32 = tensor.is_floating_point() and dtypes.of(name, torch.bfloat16) == torch.float32
+        dtype = published if stays_fp32 else tensor.dtype
+        return DenseWeight(name=name, num_elements=num_elements, dtype=dtype, stays_fp32=stays_fp32, **what)
+
+    weights = []
+    for name, linear in linears.items():
+        num_elements = sum(parameter.numel() for parameter in linear.parameters())
+        weights.append(weight(f"{name}.weight", linear.weight, num_elements, linear=linear_shape(linear)))
+    for name, tensor in model.state_dict().items():
+        if name not in routed and name not in tied and name not in inside:
+            weights.append(weight(name, tensor, tensor.numel(), is_parameter=name in parameters))
     return tuple(weights)
 
 

@@ -52,7 +52,10 @@ def dense_memory_bytes(shape: ModelShape, codec: str, dtype: torch.dtype, *, sto
     the embeddings becomes a copy.
     """
     is_quantized_now = codec != stored
-    total = sum(_weight_bytes(weight, codec, dtype, is_padded=not is_quantized_now) for weight in shape.dense)
+    total = sum(
+        _weight_bytes(weight, codec, torch.float32 if weight.stays_fp32 else dtype, is_padded=not is_quantized_now)
+        for weight in shape.dense
+    )
     if dtype == torch.float32 and (is_quantized_now or shape.tied_head is None):  # else the head shares them
         total -= sum(weight.num_elements * 2 for weight in shape.dense if weight.stays_bf16)
     if is_quantized_now and shape.tied_head is not None:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from offload_moe.checkpoint.experts import find_experts
 from offload_moe.convert.quantize import quantize
 from offload_moe.decode.cache import give_room
+from offload_moe.engine.assemble import assemble
 from offload_moe.families.cache_name import with_cache
 from offload_moe.plan.budget import DEVICE_PROMPT_TOKENS
 from offload_moe.plan.machine import Machine
@@ -105,6 +106,16 @@ def test_loaded_dense_bytes_are_those_of_a_real_model(family: str) -> None:
     routed = {name for layer in find_experts(model) for name in layer.parameter_names()}
     loaded = sum(tensor.nbytes for name, tensor in model.state_dict().items() if name not in routed)
     assert dense_memory_bytes(tiny_shape(family), "bf16", torch.float32) == loaded
+
+
+def test_weights_that_stay_in_fp32_count_as_such(tmp_path: Path) -> None:
+    """A correction of scores, and from transformers 5.24 on a router's weight."""
+    tiny_model("deepseek_v3").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    store = Store.open(quantize(tmp_path / "model", tmp_path / "store"))
+    shape = describe_model(open_source(tmp_path / "model").config)
+    weights = assemble(store, torch.device("cpu"), torch.bfloat16).hf.state_dict().values()
+    assert {weight.dtype for weight in weights} == {torch.bfloat16, torch.float32}
+    assert dense_memory_bytes(shape, "bf16", torch.bfloat16) == sum(weight.nbytes for weight in weights)
 
 
 def cached_bytes(model: PreTrainedModel, context: int) -> int:

@@ -33,7 +33,7 @@ ATTRIBUTES = {
         "prepare_inputs_for_generation": "offload_moe/chat/recompute.py",
     },
     "transformers:PreTrainedModel": {
-        "_get_dtype_plan": "offload_moe/engine/assemble.py",
+        "_get_dtype_plan": "offload_moe/checkpoint/skeleton.py",
         "_keys_to_ignore_on_load_missing": "offload_moe/checkpoint/names.py",
         "_keys_to_ignore_on_load_unexpected": "offload_moe/checkpoint/names.py",
         "_tied_weights_keys": "offload_moe/checkpoint/weights.py",
