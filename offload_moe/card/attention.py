@@ -34,10 +34,11 @@ BLOCKS_PER_PROCESSOR = 2
 class Seen:
     """What a layer attends to, in device memory: addresses of its rooms, angles and sums.
 
-    processors: of the card.
+    processors: of the card. states: of linear attention, `om_card_states`, 0 elsewhere.
     """
 
     rooms: int
+    states: int
     cos: int
     signed_sin: int
     attended: int
@@ -49,27 +50,38 @@ def add_attention(
 ) -> Added:
     """Norm, projections, heads, attention, output. Returns what it adds. Raises: DevicePassUnavailable."""
     part = _Latent if spec.attention.latent is not None else _Grouped
-    attention = part(nodes, frame, layer, spec, seen)
-    attention.project(added)
-    attention.attend()
-    out = frame.floats("attention out", frame.hidden)
-    attention.put_out(out)
-    return Added(address=out, num_parts=1, from_zero=False, scale=spec.residual_scale)
+    return part(nodes, frame, layer, spec, seen).add_all(added)
 
 
-class _Attention:
-    """What both kinds share."""
+class Attention:
+    """What all kinds share."""
 
     def __init__(self, nodes: Nodes, frame: Frame, layer: nn.Module, spec: LayerSpec, seen: Seen) -> None:
         assert spec.before_attention is not None
         self.nodes, self.frame, self.layer, self.seen = nodes, frame, layer, seen
-        self.norm, self.spec = spec.before_attention, spec.attention
+        self.norm, self.spec, self.residual_scale = spec.before_attention, spec.attention, spec.residual_scale
         self.module: Any = layer.get_submodule(spec.attention.path)
-        output: nn.Module = self.module.get_submodule("o_proj")
+        output: nn.Module = self.module.get_submodule(self.spec.output_name)
         self.output = linear_of(output)
         self.width = self.output.shape.matrices[0].in_features
         self.out_inputs = frame.inputs("attended", codecs_of([self.output]), self.width)
         self.out_x = 0 if self.out_inputs else frame.floats("attended", self.width)
+
+    def add_all(self, added: Added | None) -> Added:
+        """Every launch. Returns what the layer's attention adds."""
+        self.project(added)
+        self.attend()
+        out = self.frame.floats("attention out", self.frame.hidden)
+        self.put_out(out)
+        return Added(address=out, num_parts=1, from_zero=False, scale=self.residual_scale)
+
+    def project(self, added: Added | None) -> None:
+        """From the layer's norm to what heads attend with."""
+        raise NotImplementedError
+
+    def attend(self) -> None:
+        """Up to the input of the output projection."""
+        raise NotImplementedError
 
     def add(self, kernel: str, params: Any, threads: str, grid: tuple[int, ...]) -> None:
         self.nodes.add(kernel, params, threads=launch(threads), grid=grid)
@@ -100,7 +112,10 @@ class _Attention:
         return struct("angles")(cos=self.seen.cos, signed_sin=self.seen.signed_sin)
 
     def add_sections(self, query: int, sizes: tuple[int, ...]) -> None:
-        """sizes: heads, key/value heads and the dims of queries and values, of `OM_DEFINE_ATTEND`."""
+        """Softmax and sums of values.
+
+        sizes: heads, key/value heads and the dims of queries and values, of `OM_DEFINE_ATTEND`.
+        """
         frame = self.frame
         params = struct("attend_params")(
             **{"pass": frame.base}, view=self.view, query=query, attended=self.seen.attended, scaling=self.spec.scaling
@@ -113,7 +128,7 @@ class _Attention:
         self.add_projections([(self.output, out)], self.out_inputs, self.out_x)
 
 
-class _Grouped(_Attention):
+class _Grouped(Attention):
     """Grouped queries."""
 
     def project(self, added: Added | None) -> None:
@@ -175,7 +190,7 @@ class _Grouped(_Attention):
         self.add(kernel, params, "OM_MERGE_THREADS", grid)
 
 
-class _Latent(_Attention):
+class _Latent(Attention):
     """Latents, absorbed."""
 
     def project(self, added: Added | None) -> None:

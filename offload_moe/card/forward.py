@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from offload_moe.card.model import DecoderParts
 from offload_moe.card.passes import CardPass
 from offload_moe.card.ranges import named
+from offload_moe.card.states import give_back
 from offload_moe.decode.forward import Seam, SeveralCaches
 from offload_moe.decode.hooks import Bypass
 from offload_moe.decode.next_token import Draw, TokenPass, Wanted
@@ -58,6 +59,7 @@ class CardForward(Seam):
         output = None if args else self._pass(**kwargs)
         if output is None:
             self.plan.card.begin_other_forward()
+            give_back(kwargs.get("past_key_values"))
             with named("forward by modules"):
                 output = self._modules_forward(*args, **kwargs)
         return output

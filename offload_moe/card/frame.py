@@ -60,6 +60,12 @@ class Frame:
         return self.state + int(struct("state").tokens.offset)
 
     @property
+    def moves(self) -> tuple[int, int]:
+        """Of the places of states that rows read, and of those that they leave."""
+        kind = struct("state")
+        return self.state + int(kind.reads.offset), self.state + int(kind.leaves.offset)
+
+    @property
     def draws(self) -> int:
         return self.state + int(struct("state").draws.offset)
 

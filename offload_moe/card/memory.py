@@ -1,6 +1,8 @@
 """Device memory of a pass: torch's, so that one allocator and one account have all of it."""
 
+import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,12 @@ def allocator(device: torch.device) -> Allocate:
             raise BudgetError(f"The device refused {format_size(num_bytes)} for the device pass.") from error
 
     return allocate
+
+
+def write(memory: Tensor, value: "ctypes.Structure | ctypes.Array[Any]") -> None:
+    """Copy structs to the device; no pass may be under way."""
+    content = torch.frombuffer(bytearray(bytes(value)), dtype=torch.uint8)
+    memory[: len(content)] = content
 
 
 class Scratch:
@@ -67,8 +75,6 @@ class Scratch:
 
     def of(self, name: str, kind: str) -> int:
         """The address of a struct."""
-        import ctypes
-
         return self._bytes(name, ctypes.sizeof(struct(kind)))
 
     def addresses(self, name: str, count: int) -> int:

@@ -119,12 +119,13 @@ class CardPass:
         with self.hierarchy.lifecycle, self._lock:
             called_s = time.thread_time()
             steps = self._steps_for(len(ids))
+            moves = self.rooms.states.moves(caches)
             are_extended = self._prepare(positions, caches)
             is_stepwise = self.mode.choose()
             began_s = time.perf_counter()
             try:
                 with named(f"pass of {len(ids)}, {self.mode.name}: queue"):
-                    self._begin(steps, ids, positions, caches, wanted, is_stepwise=is_stepwise)
+                    self._begin(steps, ids, positions, caches, moves, wanted, is_stepwise=is_stepwise)
                 self.queued_s += time.thread_time() - called_s
                 if not are_extended:
                     self.rooms.extend(caches)
@@ -258,6 +259,7 @@ class CardPass:
         ids: Sequence[int],
         positions: Sequence[int],
         caches: Sequence[Any],
+        moves: Sequence[tuple[int, int]],
         wanted: Wanted | None,
         *,
         is_stepwise: bool,
@@ -266,7 +268,7 @@ class CardPass:
         gives = GIVES_HIDDEN if wanted is None else GIVES_LOGITS if draw is None else GIVES_TOKENS
         counts = Counter(map(id, caches))
         num_rows = [counts[id(cache)] for cache in caches]
-        self._state.begin(ids, positions, num_rows, draw, is_stepwise=is_stepwise)
+        self._state.begin(ids, positions, num_rows, draw, moves, is_stepwise=is_stepwise)
         self._account.begin(self._library.om_card_number(self._handle))
         code = self._library.om_card_begin(
             self._handle, steps.address, len(ids), self.tables.edits.take(), int(is_stepwise), gives

@@ -4,7 +4,7 @@ T rows, D dims.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from offload_moe.card.angles import Angles
 from offload_moe.card.attention import Seen, value_width
-from offload_moe.card.memory import Allocate
+from offload_moe.card.memory import Allocate, write
 from offload_moe.card.model import DecoderParts
+from offload_moe.card.states import States
 from offload_moe.card.structs import constant, struct
 from offload_moe.decode.cache import ROOMY, RoomyLayer, window_of
 from offload_moe.families.layer_spec import AttentionSpec
@@ -28,7 +29,7 @@ class Attended:
     """What heads sum for each section, shared by all layers; more of them lie elsewhere, at the same struct."""
 
     def __init__(self, parts: DecoderParts, allocate: Allocate) -> None:
-        specs = [layer.spec.attention for layer in parts.layers]
+        specs = [layer.spec.attention for layer in parts.layers if layer.spec.attention.delta is None]
         self._heads, self._width = max(spec.num_heads for spec in specs), max(map(value_width, specs))
         self._allocate = allocate
         self._struct = allocate(ctypes.sizeof(struct("attended")))
@@ -46,28 +47,28 @@ class Attended:
             rows = MAX_ROWS * self._heads * capacity
             self._buffers = [self._allocate(8 * rows), self._allocate(4 * rows * self._width)]
             sections, sums = (buffer.data_ptr() for buffer in self._buffers)
-            _write(self._struct, struct("attended")(sections=sections, sums=sums, capacity=capacity))
+            write(self._struct, struct("attended")(sections=sections, sums=sums, capacity=capacity))
             self.capacity = capacity
 
 
 class _Held:
-    """Where the tokens of a sequence lie in each layer, behind an `extend`.
+    """Where the tokens of a sequence lie in each layer that keeps them, behind an `extend`.
 
     places: rooms of keys and of values, and the index of the last token. bases: positions of index 0.
     """
 
-    def __init__(self, cache: Any, windows: Sequence[int | None], end: int) -> None:
-        """windows: of each layer. end: the position of the next token."""
-        layers = cache.layers[: len(windows)]
+    def __init__(self, cache: Any, windows: Mapping[int, int | None], end: int) -> None:
+        """windows: of these layers. end: the position of the next token."""
+        layers = [cache.layers[index] for index in windows]
         self.cache = cache  # kept alive: its id is not another's
         self.places = [layer.place for layer in layers]
         self.bases = [end - 1 - last for _, _, last in self.places]
-        self._layers = [(layer, layer.end[0]) for layer in layers]
+        self._layers = [(index, layer, layer.end[0]) for index, layer in zip(windows, layers, strict=True)]
         self._needs_inference_mode = self.places[0][0].is_inference()
         first_end = layers[0].end[1]
         lefts = [
             min(keys.shape[2], window if window is not None and type(layer) is RoomyLayer else keys.shape[2]) - 1 - last
-            for layer, window, (keys, _, last) in zip(layers, windows, self.places, strict=True)
+            for layer, window, (keys, _, last) in zip(layers, windows.values(), self.places, strict=True)
         ]
         self._limit = first_end + min(lefts)
 
@@ -75,14 +76,15 @@ class _Held:
         """Whether the rooms are the same, and take so many more tokens."""
         if self._needs_inference_mode and not torch.is_inference_mode_enabled():
             return False
-        now = zip(self.cache.layers, self._layers, strict=False)
-        if any(layer is not known or layer.end[0] is not room for layer, (known, room) in now):
+        now = self.cache.layers
+        if any(now[index] is not known or known.end[0] is not room for index, known, room in self._layers):
             return False
-        return bool(self._layers[0][0].end[1] + num_tokens <= self._limit)
+        return bool(self._layers[0][1].end[1] + num_tokens <= self._limit)
 
     def is_at(self, position: int) -> bool:
         """Whether the next token of each layer is at the place of this position."""
-        return all(layer.end[1] + base == position for (layer, _), base in zip(self._layers, self.bases, strict=True))
+        pairs = zip(self._layers, self.bases, strict=True)
+        return all(layer.end[1] + base == position for (_, layer, _), base in pairs)
 
 
 class Rooms:
@@ -91,7 +93,9 @@ class Rooms:
     def __init__(self, parts: DecoderParts, allocate: Allocate, num_positions: int, device: torch.device) -> None:
         self._parts, self._allocate, self._device = parts, allocate, device
         self.angles = Angles(parts, num_positions, device)
-        self.attended = Attended(parts, allocate)
+        self.attended, self.states = Attended(parts, allocate), States(parts, allocate)
+        self._specs = [layer.spec.attention for layer in parts.layers]
+        self._windows = {at: spec.sliding_window for at, spec in enumerate(self._specs) if spec.delta is None}
         self._size = ctypes.sizeof(struct("room"))
         self._described = (struct("room") * (len(parts.layers) * MAX_ROWS))()  # rows of a layer beside each other
         self._structs = allocate(ctypes.sizeof(self._described))
@@ -104,6 +108,7 @@ class Rooms:
         """What a layer's kernels read."""
         return Seen(
             rooms=self._structs.data_ptr() + layer * MAX_ROWS * self._size,
+            states=self.states.address(layer),
             cos=self.angles.cos.data_ptr(),
             signed_sin=self.angles.signed_sin.data_ptr(),
             attended=self.attended.address,
@@ -116,21 +121,23 @@ class Rooms:
             return False
         if not self.angles.takes(cache.get_seq_length() + num_tokens):
             return False
+        if not self.states.takes(cache, self._specs):
+            return False
         held = self._held.get(id(cache))
         if held is not None and held.has_room(num_tokens):
             return True
-        return all(
-            _takes(layer, each.spec.attention, num_tokens)
-            for layer, each in zip(cache.layers, self._parts.layers, strict=False)
-        )
+        return all(_takes(cache.layers[index], self._specs[index], num_tokens) for index in self._windows)
 
     def has_place(self, caches: Sequence[Any], positions: Sequence[int]) -> bool:
-        """Whether the rows are in the rooms that the card has, at their places: nothing has to be prepared."""
+        """Whether the rows are in the rooms that the card has, at their places: nothing has to be prepared.
+
+        Behind `States.moves` of these rows, as `prepare` is.
+        """
         if [id(cache) for cache in caches] != self._rows[: len(caches)]:
             return False
         firsts = dict(zip(reversed(self._rows[: len(caches)]), reversed(positions), strict=True))
         return all(
-            held.has_room(len(positions)) and held.is_at(firsts[cache])
+            held.has_room(len(positions)) and held.is_at(firsts[cache]) and self.states.are_described(cache)
             for cache, held in self._held.items()
             if cache in firsts
         )
@@ -147,21 +154,22 @@ class Rooms:
         self.forget()
         self.extend(caches)
         ends = {id(cache): position + 1 for cache, position in zip(caches, positions, strict=True)}
-        windows = [layer.spec.attention.sliding_window for layer in self._parts.layers]
         for cache in {id(cache): cache for cache in caches}.values():
-            self._held[id(cache)] = _Held(cache, windows, ends[id(cache)])
+            self._held[id(cache)] = _Held(cache, self._windows, ends[id(cache)])
         self._rows = [id(cache) for cache in caches]
         self._rows += [self._rows[-1]] * (MAX_ROWS - len(caches))  # more rows of the last sequence may come
         for row, cache in enumerate(self._rows):
             held = self._held[cache]
-            for index, (keys, values, _) in enumerate(held.places):
-                self._describe(index * MAX_ROWS + row, keys, values, held.bases[index])
-        _write(self._structs, self._described)
+            for index, (keys, values, _), base in zip(self._windows, held.places, held.bases, strict=True):
+                self._describe(index * MAX_ROWS + row, keys, values, base)
+        write(self._structs, self._described)
+        self.states.describe(self._rows)
         self._prune()
 
     def forget(self) -> None:
         """Something else may have changed the caches."""
         self._held, self._rows = {}, []
+        self.states.forget()
 
     def _describe(self, at: int, keys: Tensor, values: Tensor, base: int) -> None:
         source = keys.data_ptr(), values.data_ptr(), keys.shape[2], base
@@ -196,8 +204,3 @@ class Rooms:
 def _takes(layer: Any, spec: AttentionSpec, num_tokens: int) -> bool:
     window = window_of(layer, spec.sliding_window, spec.chunk)
     return type(layer) in ROOMY and layer.takes(num_tokens, torch.bfloat16, window)
-
-
-def _write(memory: Tensor, value: "ctypes.Structure | ctypes.Array[Any]") -> None:
-    content = torch.frombuffer(bytearray(bytes(value)), dtype=torch.uint8)
-    memory[: len(content)] = content

@@ -21,10 +21,11 @@ class CardState:
         positions: Sequence[int],
         num_rows: Sequence[int],
         draw: Draw | None,
+        moves: Sequence[tuple[int, int]],
         *,
         is_stepwise: bool,
     ) -> None:
-        """Edits for a pass of these rows. num_rows: of the sequence of each."""
+        """Edits for a pass of these rows. num_rows: of the sequence of each. moves: as of `States.moves`."""
         self._num_rows = num_rows
         self._set("ROWS", len(ids))
         self._set("MODE", int(is_stepwise))
@@ -32,6 +33,8 @@ class CardState:
             self._set("ADVANCE", num_rows[row], row)
             self._set("TOKEN", token, row)
             self._set_place(position, draw, row)
+        for row, (read, left) in enumerate(moves):
+            self._set("MOVE", read | left << 32, row)
 
     def choose(self, position: int, draw: Draw) -> None:
         """Edits for a choice without a pass."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from offload_moe.card.attention import Seen, add_attention
 from offload_moe.card.block import Experts, RoutedBlock, add_dense, add_routed
+from offload_moe.card.delta import add_delta
 from offload_moe.card.frame import Added, Frame
 from offload_moe.card.head import GIVEN, HIDDEN, LOGITS, add_choice, add_end
 from offload_moe.card.launches import launch
@@ -161,7 +162,8 @@ class CardSteps:
         self, layer: DecoderLayer, seen: Seen, experts: Experts | None, added: Added | None
     ) -> tuple[_Described, Added]:
         attend, frame, module, spec = Nodes(), self._frame, layer.module, layer.spec
-        attended = add_attention(attend, frame, module, spec, seen, added)
+        add = add_attention if spec.attention.delta is None else add_delta
+        attended = add(attend, frame, module, spec, seen, added)
         if experts is None:
             return _Described(attend, None, None), add_dense(attend, frame, module, spec, attended)
         log = self._log.data_ptr() + experts.layer * self.log_ints * LOG_INT

@@ -43,6 +43,7 @@ class Stops:
         # More experts than slots: the CPU computes those that are missing.
         is_stepwise: bool = notice.stop != MISSING_STOP
         if is_stepwise:
+            self._apply_now()  # what earlier stops have withdrawn leaves RAM slots, which experts need now
             edits.add("MODE", 1)
         else:
             self._bring(

@@ -5,6 +5,7 @@ what is not fp32 on the CPU take the module's own forward. States are the cache'
 """
 
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,27 @@ PARTS = ("A_log", "dt_bias", "conv1d", "norm", "out_proj", "activation", "layer_
 PROJECTIONS = (("in_proj_qkvz", "in_proj_ba"), ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaNumbers:
+    """Of a module, as `DeltaKernel` takes them: fp32, contiguous, where the module is."""
+
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    decays: Tensor
+    time_biases: Tensor
+
+
+def numbers_of(module: Any) -> DeltaNumbers:
+    """Exponentials are the CPU's, wherever the module is."""
+    conv, rates = module.conv1d, module.A_log.detach()
+    return DeltaNumbers(
+        conv_weight=conv.weight.detach().float().squeeze(1).contiguous(),
+        conv_bias=None if conv.bias is None else conv.bias.detach().float(),
+        decays=-rates.float().cpu().exp().to(rates.device),
+        time_biases=module.dt_bias.detach().float().contiguous(),
+    )
+
+
 class DeltaForward:
     """The forward of one module, ``[B, S, hidden] -> [B, S, hidden]``."""
 
@@ -39,12 +61,12 @@ class DeltaForward:
         weight = module.conv1d.weight
         if module.activation not in SILU or weight.dtype != torch.float32 or not weight.is_cpu:
             raise ConfigError("The kernel takes SiLU, and fp32 on the CPU.")
-        bias = module.conv1d.bias
+        numbers = numbers_of(module)
         self.kernel = DeltaKernel(
-            conv_weight=weight.detach().squeeze(1).contiguous(),
-            conv_bias=None if bias is None else bias.detach().float(),
-            decays=-module.A_log.detach().float().exp(),
-            time_biases=module.dt_bias.detach().float().contiguous(),
+            conv_weight=numbers.conv_weight,
+            conv_bias=numbers.conv_bias,
+            decays=numbers.decays,
+            time_biases=numbers.time_biases,
             norm=module.norm.weight.detach().float().contiguous(),
             num_key_heads=module.num_k_heads,
             key_dim=module.head_k_dim,

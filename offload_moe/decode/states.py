@@ -6,6 +6,7 @@ a ring instead: each of its rows leaves them in a place of its own, and going ba
 
 from collections.abc import Iterator
 from itertools import islice, pairwise
+from operator import is_
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class StatesLayer(LinearAttentionLayer):
     """transformers' layer of states. Everything else (update, reorder, reset) is inherited.
 
     num_passed: tokens of passes by which they have moved on. rings: of each state, ``[places, ...]``; a place that was
-    never used takes no memory.
+    never used takes no memory on the CPU.
     """
 
     def __init__(self, number_of_states: int = 1) -> None:
@@ -31,6 +32,8 @@ class StatesLayer(LinearAttentionLayer):
         self.num_passed = 0
         self._keeps_next = False
         self.rings: list[Tensor] = []
+        self._shown: list[Tensor] = []  # what was last taken out of the rings, at this place
+        self._place = 0
         self._trail: list[int] = []  # places of the states before the last pass that kept them, and behind each row
 
     @classmethod
@@ -46,7 +49,7 @@ class StatesLayer(LinearAttentionLayer):
         kept = {name: dict(getattr(self, name)) for name in ("conv_states", "recurrent_states")}
         for states in kept.values():
             states.update({index: state.clone() for index, state in states.items() if state is not None})
-        return vars(self) | kept | {"rings": [], "_trail": [], "_keeps_next": False}
+        return vars(self) | kept | {"rings": [], "_shown": [], "_trail": [], "_keeps_next": False}
 
     @property
     def goes_back(self) -> bool:
@@ -58,6 +61,37 @@ class StatesLayer(LinearAttentionLayer):
         """The tokens of the next pass may be taken back."""
         self._keeps_next = True
 
+    def keep_in(self, dtype: torch.dtype) -> None:
+        """Keep the inputs of the convolution in this dtype; the state is in fp32 whatever modules compute in."""
+        inputs = self.conv_states[0]
+        if inputs is not None and inputs.dtype != dtype:
+            self.conv_states[0] = inputs.to(dtype)
+
+    def memory(self) -> tuple[Tensor, Tensor, int]:
+        """Where the next pass finds the inputs of the convolution and the state: the rings, where it may be taken back.
+
+        The tensors, and the place in them.
+        """
+        if self._keeps_next:
+            self._find()
+        if self._is_shown:
+            inputs, state = self.rings
+            return inputs, state, self._place
+        inputs, state = self._present_states()
+        return inputs, state, 0
+
+    def gather(self) -> None:
+        """Have the present states at the first place of new rings."""
+        self._shown = []
+        self._find()
+
+    def next_places(self, num_tokens: int) -> list[int]:
+        """The present place, and those of the states behind each of the next tokens, which are not counted."""
+        if not self._keeps_next:
+            return [self._place if self._is_shown else 0] * (num_tokens + 1)
+        at = self._find()
+        return [at, *islice((place for place in range(NUM_PLACES) if place != at), num_tokens)]
+
     def places(self, num_tokens: int) -> list[int]:
         """Count more tokens, whose states native calls write: the fields of `rooms_array` of each."""
         if not self._begin(num_tokens):
@@ -66,7 +100,7 @@ class StatesLayer(LinearAttentionLayer):
             assert state is not None
             return state_places(inputs, state, [(0, 0)] * num_tokens)
         inputs, state = self.rings
-        self._present(self._trail[-1])
+        self._show(self._trail[-1])
         return state_places(inputs, state, pairwise(self._trail))
 
     def rows(self, num_tokens: int) -> Iterator[None]:
@@ -77,7 +111,7 @@ class StatesLayer(LinearAttentionLayer):
         for before, place in pairwise(self._trail):
             for ring in self.rings:
                 ring[place].copy_(ring[before])
-            self._present(place)
+            self._show(place)
             yield
 
     def roll_back(self, num_tokens: int) -> None:
@@ -85,41 +119,40 @@ class StatesLayer(LinearAttentionLayer):
         assert num_tokens < len(self._trail)
         del self._trail[len(self._trail) - num_tokens :]
         self.num_passed -= num_tokens
-        self._present(self._trail[-1])
+        self._show(self._trail[-1])
 
     def _begin(self, num_tokens: int) -> bool:
         """Count them. Whether they go through the ring, in which they have places then."""
+        self._trail = self.next_places(num_tokens) if self._keeps_next else []
         self.num_passed += num_tokens
         is_kept, self._keeps_next = self._keeps_next, False
-        if is_kept:
-            at = self._find()
-            self._trail = [at, *islice((place for place in range(NUM_PLACES) if place != at), num_tokens)]
-        else:
-            self._trail = []
         return is_kept
 
-    def _find(self) -> int:
-        """The place of the present states, which other code may have replaced."""
-        present = [where[index] for where, index in self._states()]
-        for place in range(NUM_PLACES) if len(self.rings) == len(present) else ():
-            if all(_is_in(ring, place, state) for ring, state in zip(self.rings, present, strict=True)):
-                return place
-        with torch.inference_mode(False):  # so that they can be written to elsewhere
-            self.rings = [state.new_empty((NUM_PLACES, *state.shape)) for state in present]
-        for ring, state in zip(self.rings, present, strict=True):
-            ring[0].copy_(state)
-        self._present(0)
-        return 0
+    @property
+    def _is_shown(self) -> bool:
+        """Whether the present states are those of the rings: other code may have replaced them."""
+        present = self._present_states()
+        return len(self._shown) == len(present) and all(map(is_, self._shown, present))
 
-    def _present(self, place: int) -> None:
-        for ring, (where, index) in zip(self.rings, self._states(), strict=True):
-            where[index] = ring[place]
+    def _find(self) -> int:
+        """The place of the present states in the rings."""
+        if not self._is_shown:
+            present = self._present_states()
+            with torch.inference_mode(False):  # so that they can be written to elsewhere
+                self.rings = [state.new_empty((NUM_PLACES, *state.shape)) for state in present]
+            for ring, state in zip(self.rings, present, strict=True):
+                ring[0].copy_(state)
+            self._show(0)
+        return self._place
+
+    def _show(self, place: int) -> None:
+        self._place, self._shown = place, [ring[place] for ring in self.rings]
+        for shown, (where, index) in zip(self._shown, self._states(), strict=True):
+            where[index] = shown
+
+    def _present_states(self) -> list[Tensor]:
+        return [where[index] for where, index in self._states()]
 
     def _states(self) -> list[State]:
         found = [(where, index) for where in (self.conv_states, self.recurrent_states) for index in sorted(where)]
         return [(where, index) for where, index in found if where[index] is not None]
-
-
-def _is_in(ring: Tensor, place: int, state: Tensor) -> bool:
-    is_like = state.shape == ring.shape[1:] and state.stride() == ring.stride()[1:] and state.dtype == ring.dtype
-    return is_like and state.data_ptr() == ring.data_ptr() + place * ring.stride(0) * ring.element_size()

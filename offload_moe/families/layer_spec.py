@@ -131,6 +131,11 @@ class AttentionSpec:
     gate: str = ""
     is_query_gated: bool = False
 
+    @property
+    def output_name(self) -> str:
+        """The module's output projection."""
+        return "o_proj" if self.delta is None else "out_proj"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MLPSpec:

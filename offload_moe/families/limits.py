@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from offload_moe.families.layer_spec import AttentionSpec, LayerSpec
+from offload_moe.native.constants import DIM_STEP, MAX_DELTA_DIM
 
 
 def attention_limits(spec: AttentionSpec) -> list[str]:
@@ -47,8 +48,15 @@ def card_limits(spec: LayerSpec) -> list[str]:
     attention = spec.attention
     norms = (attention.query_norm, attention.key_norm)
     reasons = {
-        "a delta rule": attention.delta is not None,
         "norms of all its heads after the rotation": attention.is_normed_rotated and attention.norm_span == "all heads",
         "layer norms of queries and keys": any(norm is not None and norm.is_centered for norm in norms),
     }
-    return [*layer_limits(spec), *_phrase("attention", reasons)]
+    return [*layer_limits(spec), *_phrase("attention", reasons), *_delta_limits(attention)]
+
+
+def _delta_limits(spec: AttentionSpec) -> Iterator[str]:
+    dims = () if spec.delta is None else (spec.head_dim, spec.delta.value_dims)
+    for dim in dims:
+        if dim % DIM_STEP or not 0 < dim <= MAX_DELTA_DIM:
+            kernels = f"{DIM_STEP} to {MAX_DELTA_DIM}, in steps of {DIM_STEP}"
+            yield f"a delta rule over heads of {dim} dims (kernels: {kernels})"

@@ -44,6 +44,16 @@ class Places(NamedTuple):
     strides: tuple[int, int, int, int]
 
 
+def places_of(*, num_heads: int, num_key_heads: int, key_dim: int, value_dim: int, is_joined: bool) -> Places:
+    """Of two projections, by heads of keys: `mixed` and `strengths`; or of four: with `gates` and `times` apart."""
+    shared, keys = num_heads // num_key_heads, num_key_heads * key_dim
+    values, together = shared * value_dim, 2 * key_dim + 2 * shared * value_dim
+    if is_joined:
+        offsets = (0, key_dim, 2 * key_dim, 2 * key_dim + values, 0, shared)
+        return Places((0, 0, 0, 0, 1, 1), offsets, (together, together, together, 2 * shared))
+    return Places((0, 0, 0, 1, 2, 3), (0, keys, 2 * keys, 0, 0, 0), (key_dim, values, values, shared))
+
+
 class DeltaKernel:
     """Convolution, decay, delta rule and gated norm of one token, in fp32."""
 
@@ -89,11 +99,8 @@ class DeltaKernel:
             epsilon=epsilon,
         )
         self._native = library().om_delta_step
-        shared, keys = num_heads // num_key_heads, num_key_heads * key_dim
-        values, together = shared * value_dim, 2 * key_dim + 2 * shared * value_dim
-        offsets = (0, key_dim, 2 * key_dim, 2 * key_dim + values, 0, shared)
-        self._joined = Places((0, 0, 0, 0, 1, 1), offsets, (together, together, together, 2 * shared))
-        self._apart = Places((0, 0, 0, 1, 2, 3), (0, keys, 2 * keys, 0, 0, 0), (key_dim, values, values, shared))
+        sizes = {"num_heads": num_heads, "num_key_heads": num_key_heads, "key_dim": key_dim, "value_dim": value_dim}
+        self._joined, self._apart = (places_of(**sizes, is_joined=is_joined) for is_joined in (True, False))
 
     @property
     def struct(self) -> DeltaStruct:

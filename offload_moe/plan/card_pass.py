@@ -28,6 +28,7 @@ NODES_BESIDE_LAYERS = 13  # of all graphs: that, the ends of passes that give lo
 NUM_BUFFERS = 40  # each begins at a multiple of `ALIGNMENT`
 FLOAT, ADDRESS, INT = 4, 8, 4
 ATTENTION_NODES = 6  # norm, projections, heads, sections, merge, output
+DELTA_NODES = 5  # norm, projections, those of strengths and times, which are not quantized, rule, output
 ROUTER_NODES = 4  # norm, logits, choice, resolve
 EXPERT_NODES, FETCH_NODES, MLP_NODES = 2, 2, 2  # both matrices; slots and records
 
@@ -109,7 +110,7 @@ class _Layer:
         self.spec: LayerSpec = spec
         self._attention: AttentionSpec = spec.attention
         attention: Any = module.get_submodule(spec.attention.path)
-        output: Any = attention.get_submodule("o_proj")
+        output: Any = attention.get_submodule(spec.attention.output_name)
         self._hidden, self._width = int(output.out_features), int(output.in_features)
         self._keys = out_features(attention, "k_proj")
         self._top_k = spec.router.top_k if spec.router is not None else 0
@@ -118,12 +119,17 @@ class _Layer:
 
     @property
     def attend_nodes(self) -> int:
+        if self.spec.router is None:
+            return self._attention_nodes + 1 + MLP_NODES
+        return self._attention_nodes + ROUTER_NODES + int(self.spec.router.scales_inputs)
+
+    @property
+    def _attention_nodes(self) -> int:
+        if self._attention.delta is not None:
+            return DELTA_NODES
         latent = self._attention.latent
         # Latents: two projections for the query with a norm between them, or two codecs of the first projections.
-        attention = ATTENTION_NODES + (0 if latent is None else 2 if latent.query_rank else 1)
-        if self.spec.router is None:
-            return attention + 1 + MLP_NODES
-        return attention + ROUTER_NODES + int(self.spec.router.scales_inputs)
+        return ATTENTION_NODES + (0 if latent is None else 2 if latent.query_rank else 1)
 
     @property
     def hit_nodes(self) -> int:
@@ -144,8 +150,10 @@ class _Layer:
 
     @property
     def kept_bytes(self) -> int:
-        """Weights of norms, and a router's correction."""
-        return FLOAT * (2 * self._hidden + 2 * self._attention.head_dim + self._num_experts)
+        """Weights of norms and of a convolution, and a router's correction."""
+        delta = self._attention.delta
+        taps = 0 if delta is None else (delta.num_taps + 1) * self._channels + delta.value_dims
+        return FLOAT * (2 * self._hidden + 2 * self._attention.head_dim + self._num_experts + taps)
 
     @property
     def angle_bytes(self) -> int:
@@ -153,6 +161,8 @@ class _Layer:
 
     @property
     def section_bytes(self) -> int:
+        if self._attention.delta is not None:
+            return 0
         latent = self._attention.latent
         width = self._attention.head_dim if latent is None else latent.key_value_rank
         return MAX_ROWS * self._attention.num_heads * (2 * FLOAT + FLOAT * width)
@@ -161,9 +171,18 @@ class _Layer:
     def log_bytes(self) -> int:
         return INT * (constant("OM_CARD_LOG_HEAD") + 6 * self._top_k)
 
+    @property
+    def _channels(self) -> int:
+        """Of the convolution of a delta rule."""
+        spec, delta = self._attention, self._attention.delta
+        assert delta is not None
+        return 2 * delta.num_key_heads * spec.head_dim + spec.num_heads * delta.value_dims
+
     def _heads(self) -> int:
-        """Numbers of queries, keys and values, before and after rotation."""
+        """Numbers of queries, keys and values, before and after rotation; of a delta rule, its projections."""
         spec, latent = self._attention, self._attention.latent
+        if spec.delta is not None:
+            return self._channels + self._width + 2 * spec.num_heads
         queries = spec.num_heads * spec.head_dim
         if latent is None:
             return (3 if spec.is_query_gated else 2) * queries + 2 * self._keys

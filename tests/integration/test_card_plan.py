@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.card_model import CardModel, card_model
+from support.card_model import LINEAR_ATTENTION, CardModel, card_model
 from support.cuda import fake, shim
 from support.plan import tiny_shape
 from support.tiny_models import tiny_model
@@ -29,6 +29,7 @@ FAMILIES: dict[str, dict[str, object]] = {
         "num_experts_per_tok": 2,
         "intermediate_size_mlp": 64,
     },
+    "qwen3_next": LINEAR_ATTENTION,
 }
 
 
@@ -56,7 +57,7 @@ def made_with(model: CardModel, num_layers: int) -> tuple[int, int]:
 
 
 def planned(family: str, num_layers: int) -> PassShape:
-    shape = tiny_shape(family, num_hidden_layers=num_layers, **FAMILIES[family])
+    shape = tiny_shape(family, **FAMILIES[family] | {"num_hidden_layers": num_layers})
     assert isinstance(shape.device_pass, PassShape)
     return shape.device_pass
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from offload_moe import load
-from offload_moe.card.model import why_not
 from offload_moe.convert.quantize import quantize
 from offload_moe.decode import keep_next, next_logits, pass_rows, roll_back, takes_rows, why_no_rows
 from offload_moe.decode.delta import DeltaForward, fuse_delta_rules
@@ -269,12 +268,6 @@ def test_sizes_that_no_rule_is_computed_in_are_modules_beside_native_attention(t
         assert "whose rule is not a kernel call" in str(fast.fast_path)
         got, expected = logits(fast.hf, NUM_STEPS + 1), logits(plain.hf, NUM_STEPS + 1)
     assert torch.equal(got.argmax(-1), expected.argmax(-1))
-
-
-def test_the_device_pass_says_why_it_does_not_take_them() -> None:
-    assert "a delta rule" in why_not(tiny_model("qwen3_next", **SIZES))
-    only = tiny_model("qwen3_next", **SIZES | {"num_hidden_layers": 1, "layer_types": ["full_attention"]})
-    assert not why_not(only)  # gates beside queries, and norms whose weights are added to one
 
 
 class Calling(ModelHook):  # type: ignore[misc]

@@ -21,6 +21,18 @@ from offload_moe.store import Store
 from support.cuda import fake
 from support.tiny_models import tiny_model
 
+LINEAR_ATTENTION: dict[str, object] = {  # three layers of gated delta rules, and one of attention with gates
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
 FAMILIES: dict[str, dict[str, object]] = {
     "qwen3_moe": {},
     "mixtral": {},
@@ -63,6 +75,8 @@ FAMILIES: dict[str, dict[str, object]] = {
         "intermediate_size_mlp": 64,
     },
     "hunyuan_v1_moe": {"head_dim": 16},  # norms of heads behind their rotation
+    "qwen3_next": LINEAR_ATTENTION,
+    "qwen3_5_moe_text": LINEAR_ATTENTION,
 }
 
 

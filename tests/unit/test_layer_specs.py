@@ -180,7 +180,8 @@ def test_what_the_kernels_compute_of_a_class_follows_from_its_usual_spec(class_n
 @pytest.mark.parametrize(
     ("family", "changes", "reasons"),
     [
-        ("qwen3_next", {}, ["a delta rule"]),
+        ("qwen3_next", {}, []),
+        ("qwen3_next", {"linear_key_head_dim": 8}, ["a delta rule over heads of 8 dims"]),
         ("hunyuan_v1_moe", {}, []),
         ("llama4_text", {"no_rope_layers": [0, 0, 0]}, []),
         ("phimoe", {}, []),

@@ -6,6 +6,7 @@
  *                                                                               are the rank, more_dim the rotated dims
  *   OM_DEFINE_MERGE(name, num_heads, value_dim)
  *   OM_DEFINE_EXPAND(name, codec, num_heads, unrotated_dims, value_dims, rank, R)
+ *   OM_DEFINE_DELTA(name, num_key_heads, num_shared, key_dim, value_dim, taps)    num_shared: heads of values for each of keys
  *   OM_DEFINE_ROUTE(name, num_experts, top_k, num_groups, num_chosen_groups, num_best, is_sigmoid, is_of_chosen)
  *
  * Each makes `extern "C" __global__ void name(const om_card_..._params p)`; `params_attention.h` has parameters and launches.
@@ -14,6 +15,7 @@
  * `kernels.cuh`. */
 #include "absorb.cuh"
 #include "attend.cuh"
+#include "delta.cuh"
 #include "heads.cuh"
 #include "merge.cuh"
 #include "route.cuh"

@@ -103,6 +103,32 @@ typedef struct {
     om_card_input inputs[3]; /* by codec; NULL where it is not needed */
 } om_card_expand_params;
 
+/* The states of a row's sequence in a layer of linear attention, in device memory: places, each with the inputs of a convolution
+ * [2 G K + G S V, taps] and a state [G S, K, V]. */
+typedef struct {
+    float *inputs, *state;
+} om_card_states;
+
+/* out = gated delta rules behind their projections, and the same in int8. G heads of keys, S heads of values for each, K and V
+ * their dims. Grid: OM_DELTA_BLOCKS(G, S * V), R. */
+typedef struct {
+    om_card_pass pass;
+    const om_card_states *states; /* [T]; rows of one sequence follow each other and have the same */
+    const int *reads, *leaves;    /* [T]: the place that a row reads, and the one that it leaves, which may be the same */
+    const float *projected[6];    /* of the first row: queries, keys, values, gates, strengths, times */
+    int row_strides[6];           /* numbers to those of the next row */
+    int head_strides[4];          /* to those of the next head of keys: queries and keys, values, gates, strengths and times */
+    const float *conv_weight;     /* [2 G K + G S V, taps] */
+    const float *conv_bias;       /* [2 G K + G S V] or NULL */
+    const float *decays;          /* [G S]: -exp(A_log) */
+    const float *time_biases;     /* [G S] */
+    const float *norm;            /* [V] */
+    float *out;                   /* [T, G S V], or NULL */
+    om_card_input inputs[3];      /* by codec; NULL where it is not needed */
+    float epsilon;
+    int reserved;
+} om_card_delta_params;
+
 /* ids [T, K] from the most to the least likely of each row's experts, and their weights. Grid: R. */
 typedef struct {
     om_card_pass pass;
@@ -123,5 +149,9 @@ typedef struct {
 #define OM_EXPAND_THREADS 256
 #define OM_EXPAND_BLOCKS(num_heads, dims) OM_CARD_UP((num_heads) * (dims), 64)
 #define OM_ROUTE_THREADS 256
+/* `width`: features of a head of keys, a multiple of 16. A thread block has so many of these heads that it has whole blocks of 64. */
+#define OM_DELTA_GROUP(width) ((width) % 64 == 0 ? 1 : (width) % 32 == 0 ? 2 : 4)
+#define OM_DELTA_THREADS(width) OM_CARD_LEAST(OM_DELTA_GROUP(width) * (width), 256)
+#define OM_DELTA_BLOCKS(num_key_heads, width) OM_CARD_UP(num_key_heads, OM_DELTA_GROUP(width))
 
 #endif

@@ -36,6 +36,8 @@ typedef struct {
     int positions[OM_CARD_ROWS]; /* of each row in its sequence */
     int advance[OM_CARD_ROWS];   /* what the last kernel adds to them */
     int tokens[OM_CARD_ROWS];    /* of the pass; behind it, those that it has chosen */
+    int reads[OM_CARD_ROWS];     /* places of the states of linear attention: those that a row reads, */
+    int leaves[OM_CARD_ROWS];    /* and those that it leaves, in all layers */
     om_card_sampling draws[OM_CARD_ROWS];
 } om_card_state;
 
@@ -89,6 +91,7 @@ typedef struct {
 #define OM_EDIT_TOP_K 14
 #define OM_EDIT_SEED 15
 #define OM_EDIT_WORTHS 16 /* a group of 8 keys */
+#define OM_EDIT_MOVE 17   /* the place that a row reads, and, 32 bits higher, the one that it leaves */
 
 /* Grid: OM_CARD_UP(num_edits, OM_APPLY_THREADS). It runs when the pass is stopped, too. */
 typedef struct {

@@ -38,6 +38,7 @@ extern "C" __global__ void __launch_bounds__(OM_APPLY_THREADS) om_apply(const om
     if (kind == OM_EDIT_TOP_P) p.state->draws[at].top_p = __uint_as_float((unsigned)value);
     if (kind == OM_EDIT_TOP_K) p.state->draws[at].top_k = (int)value;
     if (kind == OM_EDIT_SEED) p.state->draws[at].seed = value;
+    if (kind == OM_EDIT_MOVE) p.state->reads[at] = (int)value, p.state->leaves[at] = (int)(value >> 32);
     if (kind == OM_EDIT_WORTHS) ((om_card_address *)p.tables.worth)[at] = value;
 }
 

@@ -16,7 +16,9 @@ Kernel = tuple[str, ...]  # the kind and sizes of an OM_DEFINE_... line
 class Model:
     """Sizes of a model; `latent` replaces grouped-query attention: unrotated, rotated, value dims and rank.
 
-    router: experts, chosen, groups, chosen groups, best of a group, scoring, shares of the chosen.
+    router: experts, chosen, groups, chosen groups, best of a group, scoring, shares of the chosen. rotated: dims of a
+    head; None: all. delta: of other layers, whose attention is linear: heads of keys, heads of values for each, their
+    dims, and taps.
     """
 
     hidden: int
@@ -32,6 +34,8 @@ class Model:
     router: tuple[int, ...]
     are_scaled: bool = False  # inputs of experts
     rotation: str = "HALVES"
+    rotated: int | None = None
+    delta: tuple[int, ...] | None = None
 
 
 MODELS = {
@@ -86,6 +90,18 @@ MODELS = {
         are_scaled=True,
         rotation="PAIRS",
     ),
+    "Qwen3-Next-80B-A3B": Model(
+        hidden=2048,
+        inner=512,
+        heads=16,
+        kv_heads=2,
+        head_dim=256,
+        norm="NORM_OF_HEAD",
+        mlps=(512,),
+        router=(512, 10, 1, 1, 1, 0, 1),
+        rotated=64,
+        delta=(16, 2, 128, 128, 4),
+    ),
     "Phi-3.5-MoE": Model(hidden=4096, inner=6400, heads=32, kv_heads=8, head_dim=128, router=(16, 2, 1, 1, 1, 2, 0)),
 }
 
@@ -136,9 +152,12 @@ def attention(model: Model, rows: int) -> Iterator[Kernel]:
         yield _line("ATTEND", model.heads, 1, rank, rotated, rank)
     else:
         heads = (model.heads, model.kv_heads, model.head_dim)
-        yield _line("HEADS", *heads, model.head_dim, f"OM_{model.rotation}", f"OM_{model.norm}")
+        rotated = model.head_dim if model.rotated is None else model.rotated
+        yield _line("HEADS", *heads, rotated, f"OM_{model.rotation}", f"OM_{model.norm}")
         yield _line("ATTEND", *heads, 0, model.head_dim)
         yield _line("MERGE", model.heads, model.head_dim)
+    if model.delta:
+        yield _line("DELTA", *model.delta)
     yield _line("ROUTE", *model.router)
 
 
