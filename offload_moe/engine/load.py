@@ -32,6 +32,7 @@ from offload_moe.memory.unused_card import notice_of_unused_card
 from offload_moe.native.kernels import MAX_ROWS, use_torch_after_fork
 from offload_moe.plan.attention import with_earlier_states
 from offload_moe.plan.budget import forget_peak, give_back_freed_memory
+from offload_moe.plan.card_pass import PassShape
 from offload_moe.plan.fit import fit, measure_load, notices_of_budget, summary
 from offload_moe.plan.machine import compute_dtype
 from offload_moe.plan.parameters import ModelShape, describe_skeleton
@@ -176,6 +177,7 @@ def _plan(store: Store, options: LoadOptions, device: torch.device, draft: Draft
     skeleton = skeleton_of(store, dtype)
     keeps_bits = keeps_eagers_bits(store.codec, device, dtype, is_exact=options.exact)
     shape = describe_skeleton(skeleton, is_fast_path=options.fast_path and not keeps_bits)
+    wants_pass = options.device_pass != "off" and options.fast_path and not keeps_bits
     place = partial(
         fit,
         store,
@@ -184,11 +186,11 @@ def _plan(store: Store, options: LoadOptions, device: torch.device, draft: Draft
         dense_codec=options.dense_codec,
         is_exact=options.exact,
         draft_bytes=None if draft is None else draft.num_bytes,
-        device_pass=options.device_pass != "off" and options.fast_path and not keeps_bits,
+        device_pass=wants_pass,
     )
-    # Elsewhere no tokens are guessed.
     takes_guesses = device.type == "cpu" and dtype == torch.float32 and options.fast_path and not keeps_bits
-    if takes_guesses:  # one state where passes are shared, of which the last token is taken back
+    takes_pass = device.type == "cuda" and wants_pass and isinstance(shape.device_pass, PassShape)
+    if takes_guesses or takes_pass:  # one state where passes are shared, of which the last token is taken back
         number = 1 if options.speculate == "off" else MAX_ROWS
         shape = replace(shape, attention=with_earlier_states(shape.attention, number))
     mtp = find_module(store, options, dtype) if takes_guesses or options.speculate == "mtp" else None

@@ -100,8 +100,6 @@ def make_plan(
     shape = describe_model(source.config, is_fast_path=_takes_fast_path(codec, machine), dense_names=source.dense_names)
     shape = with_narrow_embeddings(shape, lambda weight: weight.dtype == torch.bfloat16)
     check_context(context, shape)
-    if not machine.has_device:
-        shape = replace(shape, attention=with_earlier_states(shape.attention, MAX_ROWS))
     settings = Settings(
         codec=codec,
         context=context,
@@ -110,6 +108,8 @@ def make_plan(
         draft_bytes=draft_bytes,
         device_pass=device_pass,
     )
+    if not machine.has_device or not why_no_device_pass(shape, machine, settings):
+        shape = replace(shape, attention=with_earlier_states(shape.attention, MAX_ROWS))
     return _plan(source, shape, machine, settings)
 
 

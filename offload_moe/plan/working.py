@@ -16,7 +16,7 @@ HEAD = "lm_head"
 
 
 def cache_bytes(shape: ModelShape, context: int, dtype: torch.dtype, *, kept: torch.dtype | None = None) -> int:
-    """The key/value cache of one sequence of `context` tokens.
+    """The key/value cache of one sequence of `context` tokens. States are fp32 wherever the model computes.
 
     kept: the dtype of keys and values where a layer has nothing else; None: `dtype`.
     """
@@ -24,7 +24,7 @@ def cache_bytes(shape: ModelShape, context: int, dtype: torch.dtype, *, kept: to
     for layer in shape.attention.cache_layers:
         each = kept if kept is not None and layer.is_plain else dtype
         total += layer.per_token * min(context, layer.window or context) * each.itemsize
-        total += (layer.fixed + layer.earlier) * dtype.itemsize
+        total += (layer.fixed + layer.earlier) * torch.float32.itemsize
     return total
 
 

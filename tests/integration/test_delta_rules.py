@@ -220,6 +220,13 @@ def test_the_plan_counts_the_states_that_passes_keep(stores: dict[str, Path]) ->
     assert parts[1] - parts[0] == (MAX_ROWS - 1) * present
     planned = make_plan(stores["qwen3_next"], Machine(ram_bytes=2 << 30), context=512)
     assert {part.name: part.num_bytes for part in planned.placement.ram.fixed}["key/value cache"] == parts[1]
+    machine = Machine(ram_bytes=2 << 30, vram_bytes=4 << 30)
+    plans = [make_plan(stores["qwen3_next"], machine, context=512, device_pass=has_pass) for has_pass in (False, True)]
+    caches = []
+    for plan in plans:
+        assert plan.placement.vram is not None
+        caches += [part.num_bytes for part in plan.placement.vram.fixed if part.name == "key/value cache"]
+    assert caches[1] - caches[0] == MAX_ROWS * present  # in fp32 beside a model in bf16, too
 
 
 def test_a_copied_cache_has_the_present_states_alone(stores: dict[str, Path]) -> None:
