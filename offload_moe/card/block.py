@@ -10,7 +10,15 @@ from torch import nn
 
 from offload_moe.card.frame import Added, Frame
 from offload_moe.card.launches import launch
-from offload_moe.card.linears import Inputs, add_linears, card_matrix, inputs_array, out_features
+from offload_moe.card.linears import (
+    Inputs,
+    add_linears,
+    card_matrix,
+    input_codec,
+    inputs_array,
+    kernel_codec,
+    out_features,
+)
 from offload_moe.card.mlp import Mlp
 from offload_moe.card.nodes import Node, Nodes
 from offload_moe.card.norms import norm_at
@@ -67,7 +75,7 @@ def add_routed(
     assert spec.router is not None
     top_k, shared = spec.router.top_k, None if spec.shared is None else Mlp(layer, spec.shared)
     stride = top_k + (shared is not None)
-    codec = experts.arithmetic.kernel.codec
+    codec = input_codec(experts.arithmetic.kernel.codec)
     own = set() if spec.router.scales_inputs else {codec}
     inputs = frame.inputs("block", own | (shared.codecs if shared else set()), frame.hidden)
     normed = frame.floats("normed", frame.hidden)
@@ -158,7 +166,7 @@ def _add_router(nodes: Nodes, frame: Frame, layer: nn.Module, spec: RouterSpec, 
 
 def _add_scaled(nodes: Nodes, frame: Frame, experts: Experts, top_k: int, normed: int, weights: int) -> Any:
     """Behind a router that scales the inputs of experts: a row for each pair. Returns where they are."""
-    codec = experts.arithmetic.kernel.codec
+    codec = input_codec(experts.arithmetic.kernel.codec)
     x = frame.scratch.input(f"scaled {codec}", frame.rows * top_k, frame.hidden)
     params = struct("scale_params")(
         **{"pass": frame.base},
@@ -224,13 +232,15 @@ class _Maker:
     def add_experts(self, nodes: Nodes, addresses: int, name: str, after: tuple[int, ...] | None) -> int:
         """Both matrices of the experts at these addresses."""
         frame, kernel = self.frame, self.experts.arithmetic.kernel
-        moe, codec, activation = kernel.struct, f"OM_{kernel.codec.upper()}", f"OM_{kernel.activation.upper()}"
+        moe, activation = kernel.struct, f"OM_{kernel.activation.upper()}"
+        codecs = [kernel_codec(matrix, "experts") for matrix in (moe.first, moe.second)]
         inner = moe.second.cols
         hidden = frame.scratch.input(f"expert {name}", self.num_pairs, inner)
         first = struct("first_params")(
             **{"pass": frame.base},
             input=self.x,
             matrix=card_matrix(moe.first),
+            up=card_matrix(moe.up),
             addresses=addresses,
             hidden=hidden,
             alpha=moe.alpha,
@@ -240,9 +250,9 @@ class _Maker:
         )
         rows, has_gate = frame.rows, int(moe.has_gate)
         nodes.add(
-            frame.program.kernel("FIRST", codec, frame.hidden, inner, rows, activation, has_gate),
+            frame.program.kernel("FIRST", codecs[0], frame.hidden, inner, rows, activation, has_gate),
             first,
-            threads=launch("OM_FIRST_THREADS", frame.hidden, rows, has_gate),
+            threads=launch("OM_FIRST_THREADS", moe.first.codec, frame.hidden, rows, has_gate),
             grid=(launch("OM_FIRST_BLOCKS", inner), self.num_pairs),
             after=after,
         )
@@ -259,10 +269,10 @@ class _Maker:
             stride=self.stride,
         )
         return nodes.add(
-            frame.program.kernel("SECOND", codec, inner, frame.hidden, rows),
+            frame.program.kernel("SECOND", codecs[1], inner, frame.hidden, rows),
             second,
-            threads=launch("OM_SECOND_THREADS", inner, rows),
-            grid=(launch("OM_SECOND_BLOCKS", frame.hidden, inner), self.num_pairs),
+            threads=launch("OM_SECOND_THREADS", moe.second.codec, inner, rows),
+            grid=(launch("OM_SECOND_BLOCKS", moe.second.codec, frame.hidden, inner), self.num_pairs),
         )
 
     def add_late(self, nodes: Nodes) -> None:

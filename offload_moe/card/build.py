@@ -7,6 +7,7 @@ import torch
 from offload_moe.card.block import Experts
 from offload_moe.card.device import CardDevice
 from offload_moe.card.forward import CardForward, CardPlan
+from offload_moe.card.linears import kernel_codec
 from offload_moe.card.memory import allocator
 from offload_moe.card.model import DecoderLayer, DecoderParts, decoder_parts
 from offload_moe.card.passes import CardPass
@@ -29,19 +30,20 @@ def install(
     hf: TextModel,
     layers: Sequence[ExpertsModule],
     hierarchy: Hierarchy,
-    codec: Codec,
+    codecs: Sequence[Codec],
     device: CardDevice,
     *,
     context: int,
 ) -> CardPass:
-    """Let a model's decode steps take the device pass. context: tokens that memory was planned for.
+    """Let a model's decode steps take the device pass. codecs: of each layer with experts. context: tokens that memory
+    was planned for.
 
     Raises: DevicePassUnavailable with the reason, BudgetError, TransferError.
     """
     with torch.inference_mode(False):
         parts = decoder_parts(hf)
         allocate = allocator(hf.device)
-        experts = list(_experts(parts, layers, hierarchy, codec))
+        experts = list(_experts(parts, layers, hierarchy, codecs))
         rooms = Rooms(parts, allocate, context, hf.device)
         tables = CardTables(parts, hierarchy, device.session, allocate, experts)
         card = CardPass(
@@ -64,19 +66,19 @@ def install(
 
 
 def _experts(
-    parts: DecoderParts, layers: Sequence[ExpertsModule], hierarchy: Hierarchy, codec: Codec
+    parts: DecoderParts, layers: Sequence[ExpertsModule], hierarchy: Hierarchy, codecs: Sequence[Codec]
 ) -> list[Experts | None]:
     """Of each layer of the decoder."""
-    return [_experts_of(index, layer, layers, hierarchy, codec) for index, layer in enumerate(parts.layers)]
+    return [_experts_of(index, layer, layers, hierarchy, codecs) for index, layer in enumerate(parts.layers)]
 
 
 def _experts_of(
-    index: int, layer: DecoderLayer, layers: Sequence[ExpertsModule], hierarchy: Hierarchy, codec: Codec
+    index: int, layer: DecoderLayer, layers: Sequence[ExpertsModule], hierarchy: Hierarchy, codecs: Sequence[Codec]
 ) -> Experts | None:
     bound = layer.bound
     if bound is None:
         return None
-    module = layers[bound.layer]
+    module, codec = layers[bound.layer], codecs[bound.layer]
     arithmetic = bound.arithmetic
     if not isinstance(arithmetic, NativeArithmetic):
         found = native_arithmetic(module.contract, module.shape, codec, is_exact=False)
@@ -85,6 +87,13 @@ def _experts_of(
         arithmetic = found
     if arithmetic.order is None or codec.name in VALUES:
         raise DevicePassUnavailable(f"experts in the codec {codec.name} have no kernel there")
+    moe = arithmetic.kernel.struct
+    gate, up = (kernel_codec(matrix, "experts") for matrix in (moe.first, moe.up if moe.up.rows else moe.first))
+    kernel_codec(moe.second, "experts")
+    if gate != up:
+        raise DevicePassUnavailable(
+            f"experts whose gate and up rows have different types ({codec.name}) have no kernel there"
+        )
     return Experts(
         arithmetic=arithmetic,
         num_experts=module.num_experts,

@@ -16,13 +16,16 @@ from offload_moe.card.program import Program
 from offload_moe.card.structs import struct
 from offload_moe.decode.dense import NarrowLinear, QuantLinear, number_linear
 from offload_moe.errors import DevicePassUnavailable
-from offload_moe.native.constants import CODECS
+from offload_moe.native.constants import CODECS, GGUF_BLOCKS, GGUF_SUPERBLOCKS
 from offload_moe.native.kernels import Linear
 from offload_moe.native.planes import VALUES
 from offload_moe.native.structs import MatrixStruct
+from offload_moe.quant.gguf import PREFIX
 
 MOST_MATRICES = 4  # of one launch
-Inputs = Mapping[str, Any]  # codec -> `om_card_input`
+Inputs = Mapping[str, Any]  # codec of the activations -> `om_card_input`
+KERNELS = ("nf4", "int8", "mxfp4", *VALUES, "q8_0", "gguf_mxfp4", "q4_k", "q6_k")  # codecs of matrices that have some
+_NAMES = {number: name for name, number in (CODECS | GGUF_BLOCKS | GGUF_SUPERBLOCKS).items()}
 
 
 class Keeper:
@@ -54,7 +57,9 @@ def linear_of(module: nn.Module) -> Linear:
     if isinstance(module, QuantLinear):
         if not module.in_panels:
             raise DevicePassUnavailable(f"dense weights in the codec {module.codec.name} have no kernel there")
-        return module.as_projection()
+        linear = module.as_projection()
+        kernel_codec(linear.struct(), "dense weights")
+        return linear
     if isinstance(module, nn.Linear | NarrowLinear):
         return number_linear(module.weight.detach(), module.bias)
     raise DevicePassUnavailable(f"a projection that is a {type(module).__name__}")
@@ -69,12 +74,25 @@ def in_features(linear: Linear) -> int:
 
 
 def codecs_of(linears: Iterable[Linear]) -> set[str]:
-    """Those whose activations have to be quantized."""
-    return {linear.codec for linear in linears} - set(VALUES)
+    """Those of activations that have to be quantized."""
+    return {input_codec(linear.codec) for linear in linears} - set(VALUES)
+
+
+def input_codec(codec: str) -> str:
+    """The codec whose activations a matrix takes: GGUF's types take those of int8."""
+    return "int8" if codec.startswith(PREFIX) else codec
+
+
+def kernel_codec(matrix: MatrixStruct, what: str) -> str:
+    """The codec of a matrix by its name in the kernels. Raises: DevicePassUnavailable where there is no kernel."""
+    name = _NAMES[matrix.codec]
+    if name not in KERNELS:
+        raise DevicePassUnavailable(f"{what} in GGUF's type {name.upper()} have no kernel there")
+    return f"OM_{name.upper()}"
 
 
 def inputs_array(inputs: Inputs) -> Any:
-    """`om_card_input[3]`, by codec."""
+    """`om_card_input[3]`, by codec of activations."""
     array = (struct("input") * 3)()
     for codec, value in inputs.items():
         array[CODECS[codec]] = value
@@ -123,17 +141,18 @@ def _add(
     columns, is_plain = in_features(members[0][0]), codec in VALUES
     params = struct("linear_params")(**{"pass": state}, x=x, num_matrices=len(members))
     if not is_plain:
-        params.input = inputs[codec]
-    num_blocks = 0
+        params.input = inputs[input_codec(codec)]
+    number_of_codec, num_blocks = members[0][0].struct().codec, 0
     for number, (linear, out) in enumerate(members):
         params.matrices[number] = card_matrix(linear.struct())
         params.records[number] = keeper.address(linear.record)
         params.biases[number] = keeper.numbers(linear.bias)
         params.outs[number] = out
-        sizes = (out_features(linear),) if is_plain else (out_features(linear), columns)
+        sizes = (out_features(linear),) if is_plain else (number_of_codec, out_features(linear), columns)
         num_blocks += launch("OM_VALUES_BLOCKS" if is_plain else "OM_LINEAR_BLOCKS", *sizes)
-    kernel = program.kernel("VALUES" if is_plain else "LINEAR", f"OM_{codec.upper()}", columns, rows)
-    threads = launch("OM_VALUES_THREADS") if is_plain else launch("OM_LINEAR_THREADS", columns, rows)
+    name = kernel_codec(members[0][0].struct(), "dense weights")
+    kernel = program.kernel("VALUES" if is_plain else "LINEAR", name, columns, rows)
+    threads = launch("OM_VALUES_THREADS") if is_plain else launch("OM_LINEAR_THREADS", number_of_codec, columns, rows)
     nodes.add(kernel, params, threads=threads, grid=(num_blocks,))
 
 

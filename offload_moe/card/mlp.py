@@ -9,7 +9,16 @@ from torch import nn
 
 from offload_moe.card.frame import Frame
 from offload_moe.card.launches import launch
-from offload_moe.card.linears import Inputs, card_matrix, in_features, linear_of, out_features
+from offload_moe.card.linears import (
+    Inputs,
+    card_matrix,
+    codecs_of,
+    in_features,
+    input_codec,
+    kernel_codec,
+    linear_of,
+    out_features,
+)
 from offload_moe.card.nodes import Nodes
 from offload_moe.card.structs import struct
 from offload_moe.decode.mlp import FusedMLP
@@ -32,7 +41,7 @@ class Mlp:
         activation, self._gate, self._up, self._down = _parts(layer, spec)
         linears = self._gate, self._up, self._down
         self.is_plain = self._gate.codec in VALUES
-        self.codecs = set() if self.is_plain else {self._gate.codec}
+        self.codecs = codecs_of([self._gate])
         if self._up.codec != self._gate.codec or (self._down.codec in VALUES) != self.is_plain:
             raise DevicePassUnavailable("dense MLPs or shared experts in several codecs have no kernel there")
         if any(linear.bias is not None for linear in linears):
@@ -40,6 +49,8 @@ class Mlp:
         if activation not in ACTIVATIONS:
             raise DevicePassUnavailable(f"the activation {activation} of a dense MLP has no kernel there")
         self._activation = f"OM_{ACTIVATIONS[activation]}"
+        what = "dense MLPs or shared experts"
+        self._kernel_codecs = [kernel_codec(linear.struct(), what) for linear in (self._gate, self._down)]
 
     def add(
         self,
@@ -59,16 +70,16 @@ class Mlp:
             between: Any = frame.floats("mlp values", inner)
             first, kinds = struct("values_first_params")(x=x), ("VALUES_FIRST", "VALUES_SECOND")
             second = struct("values_second_params")(x=between)
-            codecs = [f"OM_{self._gate.codec.upper()}"]
+            codecs = self._kernel_codecs[:1]
             launches = [(launch("OM_VALUES_THREADS"), launch("OM_VALUES_BLOCKS", width)) for width in (inner, hidden)]
         else:
             between = frame.scratch.input("mlp", rows, inner)
-            first = struct("mlp_first_params")(input=inputs[self._gate.codec])
+            first = struct("mlp_first_params")(input=inputs[input_codec(self._gate.codec)])
             second, kinds = struct("mlp_second_params")(hidden=between), ("MLP_FIRST", "MLP_SECOND")
-            codecs = [f"OM_{linear.codec.upper()}" for linear in (self._gate, self._down)]
+            codecs, (gate, down) = self._kernel_codecs, (self._gate.struct().codec, self._down.struct().codec)
             launches = [
-                (launch("OM_FIRST_THREADS", hidden, rows, 1), launch("OM_FIRST_BLOCKS", inner)),
-                (launch("OM_SECOND_THREADS", inner, rows), launch("OM_SECOND_BLOCKS", hidden, inner)),
+                (launch("OM_FIRST_THREADS", gate, hidden, rows, 1), launch("OM_FIRST_BLOCKS", inner)),
+                (launch("OM_SECOND_THREADS", down, inner, rows), launch("OM_SECOND_BLOCKS", down, hidden, inner)),
             ]
         setattr(first, "pass", frame.base)
         setattr(second, "pass", frame.base)
@@ -79,7 +90,7 @@ class Mlp:
         second.shares, second.out, second.stride = shares, out, stride
         names = (
             frame.program.kernel(kinds[0], *codecs, hidden, inner, rows, self._activation),
-            frame.program.kernel(kinds[1], f"OM_{self._down.codec.upper()}", inner, hidden, rows),
+            frame.program.kernel(kinds[1], self._kernel_codecs[1], inner, hidden, rows),
         )
         for name, params, (threads, blocks), behind in zip(
             names, (first, second), launches, (after, None), strict=True

@@ -14,7 +14,6 @@ from offload_moe.engine.build import Engine
 from offload_moe.errors import BudgetError, DevicePassUnavailable, TransferError
 from offload_moe.families.text_model import TextModel
 from offload_moe.native.planes import not_in_panels_reason
-from offload_moe.quant import get_codec
 from offload_moe.store import Store
 from offload_moe.system.progress import Progress
 
@@ -70,8 +69,9 @@ def install_device_pass(
         return
     try:
         progress("Compiling the kernels of the device pass")
+        codecs = [store.codec_of(index) for index in range(len(engine.layers))]
         device_pass.made = install(
-            engine.hf, engine.layers, engine.hierarchy, get_codec(store.codec), device_pass.card, context=context
+            engine.hf, engine.layers, engine.hierarchy, codecs, device_pass.card, context=context
         )
     except (DevicePassUnavailable, BudgetError, TransferError) as error:
         device_pass.reason = str(error).rstrip(".")

@@ -16,7 +16,6 @@ from offload_moe.decode import make_fast
 from offload_moe.engine.build import Blueprint, Engine, build, pools_of
 from offload_moe.memory.page_lock import LockRuntime, PageLock
 from offload_moe.memory.simulated import SimulatedCopier
-from offload_moe.quant import get_codec
 from offload_moe.store import Store
 from support.cuda import fake
 from support.tiny_models import tiny_model
@@ -146,8 +145,9 @@ def card_model(
     for chunk in hierarchy.arena.chunks_behind(0):
         driver.declare_hosts(chunk.data_ptr(), chunk.numel())
     try:
+        codecs = [store.codec_of(index) for index in range(len(engine.layers))]
         make_fast(hf, is_exact=False, context=context, kept=torch.bfloat16, hierarchy=hierarchy)
-        card = install(hf, engine.layers, hierarchy, get_codec(store.codec), device, context=context)
+        card = install(hf, engine.layers, hierarchy, codecs, device, context=context)
         yield CardModel(engine, card, driver)
     finally:
         hierarchy.close()

@@ -1,5 +1,7 @@
 """Records of GGUF's types with random blocks, and what the `gguf` package decodes them to."""
 
+from collections.abc import Sequence
+
 import gguf
 import numpy as np
 import torch
@@ -20,10 +22,10 @@ HALVES = {
 }
 
 
-def random_rows(kind: str, rows: int, columns: int, seed: int = 0) -> np.ndarray:
+def random_rows(kind: str, rows: int, columns: int, seed: Sequence[int] = (0,)) -> np.ndarray:
     """uint8 ``[rows, row bytes]``: random codes under scales of either sign, some of them subnormal."""
     block, num_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    generator = np.random.default_rng([seed, rows, columns])
+    generator = np.random.default_rng([*seed, rows, columns])
     blocks = generator.integers(0, 256, (rows * columns // block, num_bytes), dtype=np.uint8)
     for offset in HALVES[kind]:
         scales = generator.normal(0, 0.02, len(blocks)) * 10.0 ** generator.integers(-4, 1, len(blocks))
@@ -31,6 +33,16 @@ def random_rows(kind: str, rows: int, columns: int, seed: int = 0) -> np.ndarray
     if kind == "MXFP4":
         blocks[:, 0] = generator.integers(110, 131, len(blocks))
     return blocks.reshape(rows, -1)
+
+
+def spoil_blocks(kind: str, memory: np.ndarray) -> None:
+    """NaN, zero, infinite and subnormal scales in every seventh block of uint8 in a file's order."""
+    blocks = memory.reshape(-1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1])
+    for offset in HALVES[kind]:
+        halves = np.resize(np.array([np.nan, 0.0, np.inf, 3e-7], np.float16), len(blocks[::7]))
+        blocks[::7, offset : offset + 2] = halves[:, None].view(np.uint8)
+    if kind == "MXFP4":
+        blocks[::7, 0] = np.resize(np.array([255, 0, 254, 1], np.uint8), len(blocks[::7]))
 
 
 def with_scales_of_one_half(kind: str, rows: np.ndarray) -> np.ndarray:

@@ -25,6 +25,17 @@ FAMILIES = {
         codec="mxfp4", hidden=96, intermediate=96, top_k=3, activation="gpt_oss", has_bias=True, compiled=4
     ),
     "llama4": Family(codec="nf4", hidden=200, intermediate=48, top_k=2, compiled=4, are_scaled=True),
+    "Q4_K_M": Family(codec="gguf:Q4_K,Q4_K,Q6_K", hidden=256, intermediate=256, top_k=2),
+    # more superblocks than are multiplied at a time
+    "Q4_K and Q8_0": Family(
+        codec="gguf:Q4_K,Q4_K,Q8_0",
+        hidden=2304,
+        intermediate=64,
+        top_k=2,
+        num_experts=3,
+        has_bias=True,
+        compiled=4,
+    ),
     "without gates": Family(codec="mxfp4", hidden=160, intermediate=72, top_k=2, activation="relu2", has_gate=False),
 }
 MLP = ("nf4", "int8", 200, 104, 2)  # codecs of gate and up, and of down; hidden, intermediate, compiled rows
@@ -64,7 +75,7 @@ def test_all_rows_may_choose_the_same_experts() -> None:
     assert np.array_equal(bits(run(family, records, x, choice)), bits(library_rows(family, records, x, choice)))
 
 
-@pytest.mark.parametrize("name", ["deepseek", "mixtral", "gpt-oss", "llama4"])
+@pytest.mark.parametrize("name", ["deepseek", "mixtral", "gpt-oss", "llama4", "Q4_K and Q8_0"])
 def test_extreme_groups_and_scales(name: str) -> None:
     family = FAMILIES[name]
     records = family.records()

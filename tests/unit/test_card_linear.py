@@ -25,6 +25,13 @@ CASES = [
     ("int8", (16, 7), 832, 8),
     ("mxfp4", (48, 21), 160, 1),
     ("mxfp4", (32, 5), 320, 4),
+    ("gguf:Q4_K", (40, 16), 512, 1),
+    ("gguf:Q4_K", (21, 3), 256, 8),
+    ("gguf:Q6_K", (48, 21), 256, 1),
+    ("gguf:Q6_K", (16, 7), 768, 4),
+    ("gguf:Q8_0", (16, 7), 320, 8),
+    ("gguf:MXFP4", (48, 21), 192, 1),
+    ("gguf:MXFP4", (32, 5), 320, 4),
     # threads that have no segment, in groups of four panels and of one
     ("int8", (20,), 1088, 1),
     ("nf4", (32,), 4160, 2),
@@ -56,7 +63,8 @@ def test_bits_are_the_librarys(codec: str, rows: tuple[int, ...], cols: int, com
 
 
 @pytest.mark.parametrize(
-    ("codec", "rows", "cols", "compiled"), [case for case in CASES if case[3] == 8 or case[0] == "mxfp4"]
+    ("codec", "rows", "cols", "compiled"),
+    [case for case in CASES if case[3] == 8 or case[0] in ("mxfp4", "gguf:Q6_K", "gguf:MXFP4")],
 )
 def test_extreme_groups_and_scales(codec: str, rows: tuple[int, ...], cols: int, compiled: int) -> None:
     records, biases = make_matrices(codec, rows, cols)

@@ -96,7 +96,10 @@ template <class U> OM_DEVICE void soften_section(const attend_unit &u, float *sc
 }
 
 OM_DEVICE void load_words(const u16 *row, u32 (&words)[1]) { words[0] = load4(row); }
-OM_DEVICE void load_words(const u16 *row, u32 (&words)[2]) { load8(row, words[0], words[1]); }
+OM_DEVICE void load_words(const u16 *row, u32 (&words)[2]) {
+    const uint2 w = load8(row);
+    words[0] = w.x, words[1] = w.y;
+}
 OM_DEVICE void load_weights(const float *weights, float (&weight)[1]) { weight[0] = *weights; }
 OM_DEVICE void load_weights(const float *weights, float (&weight)[4]) {
     const float4 w = *(const float4 *)weights;

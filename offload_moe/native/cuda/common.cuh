@@ -16,6 +16,7 @@ typedef unsigned long long u64;
 
 /* As in csrc/api.h; a test compares them. */
 enum { OM_NF4 = 0, OM_INT8 = 1, OM_MXFP4 = 2, OM_BF16 = 3, OM_FP32 = 4 };
+enum { OM_Q8_0 = 9, OM_GGUF_MXFP4 = 11, OM_Q4_K = 14, OM_Q6_K = 16 }; /* of GGUF's types those that have kernels */
 enum { OM_F32 = 0, OM_BF16_VALUES = 1 };
 enum { OM_SILU = 0, OM_GELU = 1, OM_GELU_TANH = 2, OM_GPT_OSS = 3, OM_RELU = 4, OM_RELU2 = 5, OM_IDENTITY = 6 };
 
@@ -28,7 +29,9 @@ OM_DEVICE uint4 load16(const void *p) { return *(const uint4 *)p; }
 OM_DEVICE u32 load4(const void *p) { return *(const u32 *)p; }
 OM_DEVICE u32 load2(const void *p) { return *(const u16 *)p; }
 OM_DEVICE u32 load1(const void *p) { return *(const u8 *)p; }
+OM_DEVICE uint2 load8(const void *p) { return *(const uint2 *)p; }
 OM_DEVICE u32 prmt(u32 x, u32 y, u32 s) { return shim_prmt(x, y, s); }
+OM_DEVICE float from_half(u32 bits) { return shim_from_half(bits); }
 #else
 #define OM_ISSUE asm volatile("bar.warp.sync 0xffffffff;" ::: "memory")
 OM_DEVICE uint4 load_codes(const u8 *p) {
@@ -61,6 +64,17 @@ OM_DEVICE u32 prmt(u32 x, u32 y, u32 s) {
     u32 w;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(w) : "r"(x), "r"(y), "r"(s));
     return w;
+}
+OM_DEVICE uint2 load8(const void *p) {
+    uint2 w;
+    asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(w.x), "=r"(w.y) : "l"(p));
+    return w;
+}
+/* The number whose fp16 bits are the lower ones of a word; exact. */
+OM_DEVICE float from_half(u32 bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"((u16)bits));
+    return value;
 }
 #endif
 

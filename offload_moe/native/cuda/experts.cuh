@@ -141,9 +141,11 @@ template <int CODEC, int NEXT, int COLS, int INTERMEDIATE, int R, int ACTIVATION
         const u8 *record = find_pairs<R>(p.pass, p.addresses, p.top_k, pairs, m.pairs);
         if (!record) return;
         panel_part parts[PARTS];
-        for (int n = 0; n < PARTS; n++)
-            parts[n] = open_part<CODEC, group::BLOCKS>(record, p.matrix, n * INTERMEDIATE, INTERMEDIATE);
-        const bias_place place = {{record, record}, {p.matrix, p.matrix}, {0, INTERMEDIATE}};
+        constexpr int FIRST_UP = OM_IS_GGUF(CODEC) ? 0 : INTERMEDIATE;
+        const om_card_matrix up = OM_IS_GGUF(CODEC) ? p.up : p.matrix;
+        parts[0] = open_part<CODEC, COLS>(record, p.matrix, 0, INTERMEDIATE);
+        if (HAS_GATE) parts[PARTS - 1] = open_part<CODEC, COLS>(record, up, FIRST_UP, INTERMEDIATE);
+        const bias_place place = {{record, record}, {p.matrix, up}, {0, FIRST_UP}};
         const activation_numbers numbers = {p.alpha, p.limit};
         run(parts, p.input, pairs, p.pairs_of_input, place, numbers, p.hidden, m);
     }
@@ -152,7 +154,7 @@ template <int CODEC, int NEXT, int COLS, int INTERMEDIATE, int R, int ACTIVATION
         if (*p.pass.stop) return;
         const expert_pairs pairs = {0, 0, *p.pass.num_rows};
         panel_part parts[PARTS];
-        for (int n = 0; n < PARTS; n++) parts[n] = open_part<CODEC, group::BLOCKS>(p.records[n], p.matrices[n], 0, INTERMEDIATE);
+        for (int n = 0; n < PARTS; n++) parts[n] = open_part<CODEC, COLS>(p.records[n], p.matrices[n], 0, INTERMEDIATE);
         const bias_place place = {{p.records[0], p.records[1]}, {p.matrices[0], p.matrices[1]}, {0, 0}};
         const activation_numbers numbers = {0.0f, 0.0f};
         run(parts, p.input, pairs, 1, place, numbers, p.hidden, m);
@@ -160,7 +162,7 @@ template <int CODEC, int NEXT, int COLS, int INTERMEDIATE, int R, int ACTIVATION
 };
 
 template <int CODEC, int COLS, int ROWS, int R> struct second_matrix {
-    static constexpr int GROUP = OM_CARD_GROUP(COLS), TILE = OM_EXPERT_TILE(R);
+    static constexpr int GROUP = OM_LINEAR_GROUP(CODEC, COLS), TILE = OM_EXPERT_TILE(R);
     typedef panel_group<CODEC, COLS, GROUP, 1, TILE> group;
     static constexpr int THREADS = group::THREADS, LEAST_BLOCKS = occupancy<CODEC, THREADS, TILE, ROWS % 16 == 0>::BLOCKS;
     struct memory {
@@ -188,7 +190,7 @@ template <int CODEC, int COLS, int ROWS, int R> struct second_matrix {
     template <class Store>
     OM_DEVICE void run(const u8 *record, const om_card_matrix &matrix, const om_card_input &hidden, const expert_pairs &pairs,
                        const Store &store, memory &m) {
-        const panel_part parts[1] = {open_part<CODEC, group::BLOCKS>(record, matrix, 0, ROWS)};
+        const panel_part parts[1] = {open_part<CODEC, COLS>(record, matrix, 0, ROWS)};
         fill_map<CODEC, THREADS>(m.panels.tables);
         if (TILE == 1 || pairs.count == 1) {
             run_tile<1>(parts, record, matrix, hidden, pairs, 0, store, m);

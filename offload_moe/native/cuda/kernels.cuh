@@ -2,7 +2,8 @@
  *
  *   OM_DEFINE_NORM(name, hidden)
  *   OM_DEFINE_QUANTIZE(name, cols)
- *   OM_DEFINE_LINEAR(name, codec, cols, R)         matrices in panels: OM_NF4, OM_INT8, OM_MXFP4
+ *   OM_DEFINE_LINEAR(name, codec, cols, R)         matrices in panels: OM_NF4, OM_INT8, OM_MXFP4,
+ *                                                OM_Q8_0, OM_GGUF_MXFP4, OM_Q4_K, OM_Q6_K
  *   OM_DEFINE_VALUES(name, codec, cols, R)         matrices of plain numbers: OM_BF16, OM_FP32
  *   OM_DEFINE_FIRST(name, codec, hidden, intermediate, R, activation, has_gate)
  *   OM_DEFINE_SECOND(name, codec, intermediate, hidden, R)

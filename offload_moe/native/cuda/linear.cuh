@@ -19,16 +19,18 @@ OM_DEVICE float with_biases(const om_card_linear_params &p, int which, int row, 
 }
 
 template <int CODEC, int COLS, int R> struct linear {
-    static constexpr int GROUP = OM_CARD_GROUP(COLS);
-    typedef panel_group<CODEC, COLS, GROUP, 1, R> group;
+    static constexpr int GROUP = OM_LINEAR_GROUP(CODEC, COLS), TILE = OM_LINEAR_TILE(CODEC, R);
+    typedef panel_group<CODEC, COLS, GROUP, 1, TILE> group;
     typedef typename group::memory memory;
-    static constexpr int THREADS = group::THREADS, LEAST_BLOCKS = occupancy<CODEC, THREADS, R, false>::BLOCKS;
+    static constexpr int THREADS = group::THREADS, LEAST_BLOCKS = occupancy<CODEC, THREADS, TILE, false>::BLOCKS;
 
-    template <bool WHOLE> OM_DEVICE void multiply(const panel_part (&parts)[1], int panel, const om_card_input &input, memory &m) {
-        tile_rows<R> rows;
+    /* Rows `first` and on of the input. */
+    template <bool WHOLE>
+    OM_DEVICE void multiply(const panel_part (&parts)[1], int panel, const om_card_input &input, int first, memory &m) {
+        tile_rows<TILE> rows;
 #pragma unroll
-        for (int t = 0; t < R; t++) rows.of[t] = t;
-        multiply_panels<group, CODEC, COLS, GROUP, 1, R, WHOLE, WHOLE>(parts, panel, input, rows, m);
+        for (int t = 0; t < TILE; t++) rows.of[t] = first + t;
+        multiply_panels<group, CODEC, COLS, GROUP, 1, TILE, WHOLE, WHOLE>(parts, panel, input, rows, m);
     }
 
     OM_DEVICE void run(const om_card_linear_params &p, memory &m) {
@@ -36,15 +38,18 @@ template <int CODEC, int COLS, int R> struct linear {
         int at = blockIdx.x;
         const int which = find_matrix(p, GROUP * 16, at), num_rows = *p.pass.num_rows, rows = p.matrices[which].rows;
         const int panel = at * GROUP;
-        const panel_part parts[1] = {open_part<CODEC, group::BLOCKS>(p.records[which], p.matrices[which], 0, rows)};
+        const panel_part parts[1] = {open_part<CODEC, COLS>(p.records[which], p.matrices[which], 0, rows)};
         fill_map<CODEC, THREADS>(m.tables);
-        if (rows % 16 == 0 || (panel + GROUP) * 16 <= rows)
-            multiply<true>(parts, panel, p.input, m);
-        else
-            multiply<false>(parts, panel, p.input, m);
-        for (int i = threadIdx.x; i < GROUP * R * 16; i += THREADS) {
-            const int row = (panel + i / (R * 16)) * 16 + i % 16, t = i / 16 % R;
-            if (t < num_rows && row < rows) p.outs[which][(long long)t * rows + row] = with_biases(p, which, row, m.results[i]);
+#pragma unroll 1
+        for (int first = 0; first < (R > TILE ? num_rows : 1); first += TILE) {
+            if (rows % 16 == 0 || (panel + GROUP) * 16 <= rows)
+                multiply<true>(parts, panel, p.input, first, m);
+            else
+                multiply<false>(parts, panel, p.input, first, m);
+            for (int i = threadIdx.x; i < GROUP * TILE * 16; i += THREADS) {
+                const int row = (panel + i / (TILE * 16)) * 16 + i % 16, t = first + i / 16 % TILE;
+                if (t < num_rows && row < rows) p.outs[which][(long long)t * rows + row] = with_biases(p, which, row, m.results[i]);
+            }
         }
     }
 };

@@ -7,26 +7,53 @@
 
 #include "common.cuh"
 
+#define OM_IS_GGUF(codec) ((codec) >= OM_Q8_0)
+#define OM_IS_OF_256(codec) ((codec) >= OM_CARD_SUPERBLOCKS)
+#define OM_HAS_MINS(codec) ((codec) == OM_Q4_K)
+#define OM_HAS_LEVELS(codec) ((codec) == OM_NF4 || (codec) == OM_MXFP4 || (codec) == OM_GGUF_MXFP4)
+
 /* Levels by nibble, as bytes: those of codes 0 to 7 and of codes 8 to 15. Level / unit is the value. */
 template <int CODEC> struct codes_of;
 template <> struct codes_of<OM_NF4> {
-    static constexpr int DWORDS = 8, GROUPS = 1, SCALE_BYTES = 1; /* of a row in a block */
+    static constexpr int CHUNK = 64, DWORDS = 8, GROUPS = 1, SCALE_BYTES = 1; /* of a row in a chunk of columns */
     static constexpr u32 LOW_A = 0xcfbfaa84u, LOW_B = 0x00f5e9ddu, HIGH_A = 0x2a1f140au, HIGH_B = 0x7c5a4637u;
     static constexpr u32 SIZE_A = 0x3141567cu, SIZE_B = 0x000b1723u; /* of those that are negative: codes 0 to 7 */
 };
 template <> struct codes_of<OM_MXFP4> {
-    static constexpr int DWORDS = 8, GROUPS = 2, SCALE_BYTES = 1;
+    static constexpr int CHUNK = 64, DWORDS = 8, GROUPS = 2, SCALE_BYTES = 1;
     static constexpr u32 LOW_A = 0x03020100u, LOW_B = 0x0c080604u, HIGH_A = 0xfdfeff00u, HIGH_B = 0xf4f8fafcu;
     static constexpr u32 SIZE_A = 0x03020100u, SIZE_B = 0x0c080604u; /* of codes 8 to 15 */
 };
 template <> struct codes_of<OM_INT8> {
-    static constexpr int DWORDS = 16, GROUPS = 1, SCALE_BYTES = 4;
+    static constexpr int CHUNK = 64, DWORDS = 16, GROUPS = 1, SCALE_BYTES = 4;
     static constexpr u32 LOW_A = 0, LOW_B = 0, HIGH_A = 0, HIGH_B = 0, SIZE_A = 0, SIZE_B = 0;
+};
+template <> struct codes_of<OM_GGUF_MXFP4> : codes_of<OM_MXFP4> {
+    static constexpr int GROUPS = 1, SCALE_BYTES = 2;
+};
+template <> struct codes_of<OM_Q8_0> : codes_of<OM_INT8> {
+    static constexpr int DWORDS = 17, SCALE_BYTES = 0;
+};
+template <> struct codes_of<OM_Q4_K> : codes_of<OM_INT8> {
+    static constexpr int CHUNK = 256, DWORDS = 36, SCALE_BYTES = 0;
+};
+template <> struct codes_of<OM_Q6_K> : codes_of<OM_INT8> {
+    static constexpr int CHUNK = 256, DWORDS = 52, SCALE_BYTES = 2;
+};
+
+/* Bytes that a row of so many columns has in the planes of codes and of scales. */
+template <int CODEC, int COLS> struct row_bytes {
+    typedef codes_of<CODEC> codec;
+    static constexpr int CHUNKS = OM_CARD_UP(COLS, codec::CHUNK);
+    static constexpr long long CODES = CHUNKS * codec::DWORDS * 4, SCALES = CHUNKS * codec::GROUPS * codec::SCALE_BYTES;
 };
 
 template <int CODEC> OM_DEVICE float unit_of_levels() {
-    return CODEC == OM_NF4 ? 1.0f / 124.11404726855135f : CODEC == OM_MXFP4 ? 0.5f : 1.0f;
+    return CODEC == OM_NF4 ? 1.0f / 124.11404726855135f : CODEC == OM_MXFP4 || CODEC == OM_GGUF_MXFP4 ? 0.5f : 1.0f;
 }
+
+/* 2^(code - 127). */
+OM_DEVICE float e8m0(u32 code) { return __uint_as_float(code == 255 ? 0x7fc00000u : code ? code << 23 : 0x00400000u); }
 
 /* A part of a matrix: where its first row begins, and that row's number in the record. */
 struct panel_part {
@@ -37,12 +64,11 @@ struct panel_part {
 };
 
 /* The part that begins at `first_row`. */
-template <int CODEC, int BLOCKS>
+template <int CODEC, int COLS>
 OM_DEVICE panel_part open_part(const u8 *record, const om_card_matrix &m, int first_row, int rows) {
-    typedef codes_of<CODEC> codec;
     panel_part part;
-    part.codes = record + m.codes + (long long)first_row * BLOCKS * codec::DWORDS * 4;
-    part.scales = record + m.scales + (long long)first_row * BLOCKS * codec::GROUPS * codec::SCALE_BYTES;
+    part.codes = record + m.codes + first_row * row_bytes<CODEC, COLS>::CODES;
+    part.scales = record + m.scales + first_row * row_bytes<CODEC, COLS>::SCALES;
     part.nested = CODEC == OM_NF4 ? (const float *)(record + m.nested_scales) : (const float *)0;
     part.offset = CODEC == OM_NF4 ? load_float(record + m.nested_offset) : 0.0f;
     part.first_row = first_row;
@@ -69,6 +95,23 @@ OM_DEVICE float map_at(int code) {
     return centred < 0 ? -size : size;
 }
 
+/* A panel of n rows; `lane` has rows 4 * lane and on. */
+struct panel_place {
+    const u8 *codes, *scales;
+    int n, lane, first_row; /* the number of its first row in the record */
+};
+
+/* A dword of each of a lane's four rows; WHOLE: the panel has 16 rows. */
+template <bool WHOLE> OM_DEVICE uint4 load_dwords(const panel_place &place, int dword) {
+    if (WHOLE) return load_codes(place.codes + (dword * 16 + 4 * place.lane) * 4);
+    const u8 *from = place.codes + (dword * place.n + 4 * place.lane) * 4;
+    const int count = place.n - 4 * place.lane;
+    uint4 w;
+    w.x = count > 0 ? load4(from) : 0, w.y = count > 1 ? load4(from + 4) : 0;
+    w.z = count > 2 ? load4(from + 8) : 0, w.w = count > 3 ? load4(from + 12) : 0;
+    return w;
+}
+
 /* What the threads of a block share. A lane has its own copy of the words of `levels`: read from one address they become uniform
  * registers, and are moved again for each use. */
 template <int CODEC> struct panel_tables {
@@ -81,12 +124,12 @@ struct level_words {
     u32 low, high; /* of codes 0 to 7, and 8 to 15 */
 };
 
-/* A tile of one row takes the sizes of levels, others take levels: see `multiply_codes`. */
+/* A tile of one row takes the sizes of levels, others take levels: see `multiply_sizes`. */
 template <int CODEC, bool SIZES> OM_DEVICE level_words words_of() {
     typedef codes_of<CODEC> codec;
     level_words words = {codec::LOW_A, codec::HIGH_A};
     if (SIZES && CODEC == OM_NF4) words.low = codec::SIZE_A;
-    if (SIZES && CODEC == OM_MXFP4) words.high = codec::SIZE_A;
+    if (SIZES && CODEC != OM_NF4) words.high = codec::SIZE_A;
     return words;
 }
 

@@ -25,7 +25,8 @@ typedef struct {
     int rows;
 } om_card_matrix;
 
-/* Activations in int8, in the order of the codec that reads them: quants [T, blocks, 64], scales [T, groups]. */
+/* Activations in int8, in the order of the codec that reads them: quants [T, blocks, 64], scales [T, groups]. GGUF's types
+ * read those of int8. */
 typedef struct {
     signed char *quants;
     float *scales;
@@ -78,12 +79,12 @@ typedef struct {
     int top_k;
 } om_card_scale_params;
 
-/* The first matrix of the experts of all rows, and their activation. addresses [T, K] of the records; 0: the pair is computed
+/* The first matrix of the experts of all rows, and their activation. Of GGUF's types gate and up rows are two matrices. addresses [T, K] of the records; 0: the pair is computed
  * elsewhere, or later. Pairs of equal addresses read the record once. Grid: OM_FIRST_BLOCKS, R * top_k. */
 typedef struct {
     om_card_pass pass;
     om_card_input input;
-    om_card_matrix matrix;
+    om_card_matrix matrix, up; /* `up`: of GGUF's types */
     const om_card_address *addresses;
     om_card_input hidden; /* [T * K rows], for the second matrix */
     float alpha, limit;   /* of gpt-oss */
@@ -173,33 +174,39 @@ typedef struct {
     int num_tokens; /* V */
 } om_card_choose_params;
 
-/* Launches. `cols` are the columns of a matrix, `rows` its rows, R as above. */
+/* Launches. `codec` is the number of a matrix' codec, `cols` are its columns, `rows` its rows, R as above. A unit is what four
+ * threads multiply of a panel: two blocks, or a superblock of GGUF's types. */
 #define OM_CARD_UP(a, b) (((a) + (b)-1) / (b))
 #define OM_CARD_LEAST(a, b) ((a) < (b) ? (a) : (b))
 #define OM_CARD_PANELS(rows) OM_CARD_UP(rows, 16)
-#define OM_CARD_SEGMENTS(cols) OM_CARD_UP(cols, 128)
-/* Panels that a thread block multiplies: so many that it has about 128 to 256 threads, four for each segment of each. */
-#define OM_CARD_GROUP(cols) \
-    (OM_CARD_SEGMENTS(cols) >= 32 ? 1 : OM_CARD_SEGMENTS(cols) >= 16 ? 2 : OM_CARD_SEGMENTS(cols) >= 8 ? 4 : 8)
-/* Segments at a time: 512 threads, or 256 that may have 255 registers each; and 24 KiB of shared memory for the sums of R rows. */
-#define OM_CARD_MOST(group, R) OM_CARD_LEAST(((R) > 2 ? 64 : 128) / (group), 384 / ((group) * (R)))
-#define OM_CARD_PASSES(group, cols, R) OM_CARD_UP(OM_CARD_SEGMENTS(cols), OM_CARD_MOST(group, R))
-#define OM_CARD_CHUNK(group, cols, R) OM_CARD_UP(OM_CARD_SEGMENTS(cols), OM_CARD_PASSES(group, cols, R))
-#define OM_CARD_THREADS(group, cols, R) (OM_CARD_UP((group) * OM_CARD_CHUNK(group, cols, R), 8) * 32)
+#define OM_CARD_SUPERBLOCKS 12 /* the first codec with superblocks of 256 columns */
+#define OM_CARD_UNITS(codec, cols) OM_CARD_UP(cols, (codec) >= OM_CARD_SUPERBLOCKS ? 256 : 128)
+/* Panels that a thread block multiplies: so many that it has about 128 to 256 threads, four for each unit of each. */
+#define OM_CARD_GROUP(units) ((units) >= 32 ? 1 : (units) >= 16 ? 2 : (units) >= 8 ? 4 : 8)
+/* Units at a time: 512 threads, or 256 that may have 255 registers each; and 24 KiB of shared memory for the sums of R rows, or
+ * 40 KiB where a unit has two sums. */
+#define OM_CARD_SUMS(codec) ((codec) >= OM_CARD_SUPERBLOCKS ? 256 : 384)
+#define OM_CARD_MOST(codec, group, R) OM_CARD_LEAST(((R) > 2 ? 64 : 128) / (group), OM_CARD_SUMS(codec) / ((group) * (R)))
+#define OM_CARD_PASSES(codec, group, cols, R) OM_CARD_UP(OM_CARD_UNITS(codec, cols), OM_CARD_MOST(codec, group, R))
+#define OM_CARD_CHUNK(codec, group, cols, R) OM_CARD_UP(OM_CARD_UNITS(codec, cols), OM_CARD_PASSES(codec, group, cols, R))
+#define OM_CARD_THREADS(codec, group, cols, R) (OM_CARD_UP((group) * OM_CARD_CHUNK(codec, group, cols, R), 8) * 32)
 
 #define OM_NORM_THREADS 512
 #define OM_QUANTIZE_THREADS 128
 #define OM_QUANTIZE_BLOCKS(cols) OM_CARD_UP(cols, 256)
-#define OM_LINEAR_THREADS(cols, R) OM_CARD_THREADS(OM_CARD_GROUP(cols), cols, R)
-#define OM_LINEAR_BLOCKS(rows, cols) OM_CARD_UP(OM_CARD_PANELS(rows), OM_CARD_GROUP(cols))
+#define OM_LINEAR_GROUP(codec, cols) OM_CARD_GROUP(OM_CARD_UNITS(codec, cols))
+/* Rows of a linear that are multiplied together: superblocks need too many registers for eight. */
+#define OM_LINEAR_TILE(codec, R) ((codec) >= OM_CARD_SUPERBLOCKS ? OM_EXPERT_TILE(R) : (R))
+#define OM_LINEAR_THREADS(codec, cols, R) OM_CARD_THREADS(codec, OM_LINEAR_GROUP(codec, cols), cols, OM_LINEAR_TILE(codec, R))
+#define OM_LINEAR_BLOCKS(codec, rows, cols) OM_CARD_UP(OM_CARD_PANELS(rows), OM_LINEAR_GROUP(codec, cols))
 #define OM_VALUES_THREADS 128
 #define OM_VALUES_BLOCKS(rows) OM_CARD_UP(rows, 16)
 /* Rows of experts that are multiplied together; more rows of one expert take turns. */
 #define OM_EXPERT_TILE(R) OM_CARD_LEAST(R, 4)
-#define OM_FIRST_THREADS(cols, R, has_gate) OM_CARD_THREADS((has_gate) ? 8 : 4, cols, OM_EXPERT_TILE(R))
+#define OM_FIRST_THREADS(codec, cols, R, has_gate) OM_CARD_THREADS(codec, (has_gate) ? 8 : 4, cols, OM_EXPERT_TILE(R))
 #define OM_FIRST_BLOCKS(intermediate) OM_CARD_UP(intermediate, 64)
-#define OM_SECOND_THREADS(cols, R) OM_CARD_THREADS(OM_CARD_GROUP(cols), cols, OM_EXPERT_TILE(R))
-#define OM_SECOND_BLOCKS(rows, cols) OM_LINEAR_BLOCKS(rows, cols)
+#define OM_SECOND_THREADS(codec, cols, R) OM_CARD_THREADS(codec, OM_LINEAR_GROUP(codec, cols), cols, OM_EXPERT_TILE(R))
+#define OM_SECOND_BLOCKS(codec, rows, cols) OM_LINEAR_BLOCKS(codec, rows, cols)
 #define OM_EMBED_THREADS 256
 #define OM_EMBED_BLOCKS(hidden) OM_CARD_UP(hidden, 1024)
 #define OM_GREATEST_THREADS 256

@@ -34,15 +34,6 @@ OM_DEVICE u16 to_bf16(float value) {
     return (u16)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-OM_DEVICE void load8(const void *p, u32 &first, u32 &second) {
-#ifdef OM_SHIM
-    const uint2 w = *(const uint2 *)p;
-    first = w.x, second = w.y;
-#else
-    asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(first), "=r"(second) : "l"(p));
-#endif
-}
-
 /* Two neighbours of bf16. */
 OM_DEVICE float low_half(u32 bits) { return __uint_as_float(bits << 16); }
 OM_DEVICE float high_half(u32 bits) { return __uint_as_float(bits & 0xffff0000u); }

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from offload_moe.card.linears import input_codec
 from offload_moe.native.structs import MatrixStruct
+from offload_moe.quant.gguf import PREFIX
 from tests.support.cuda import on_driver, shim
 from tests.support.cuda.params import structs_of
 
@@ -26,12 +28,16 @@ KINDS = {
     "NORM": ("om_card_norm_params", "OM_NORM_THREADS", "1"),
     "QUANTIZE": ("om_card_quantize_params", "OM_QUANTIZE_THREADS", "OM_QUANTIZE_BLOCKS({0})"),
     "SCALE": ("om_card_scale_params", "OM_QUANTIZE_THREADS", "OM_QUANTIZE_BLOCKS({0})"),
-    "LINEAR": ("om_card_linear_params", "OM_LINEAR_THREADS({1}, {2})", "OM_CARD_GROUP({1}) * 16"),
+    "LINEAR": ("om_card_linear_params", "OM_LINEAR_THREADS({0}, {1}, {2})", "OM_LINEAR_GROUP({0}, {1}) * 16"),
     "VALUES": ("om_card_linear_params", "OM_VALUES_THREADS", "16"),
-    "FIRST": ("om_card_first_params", "OM_FIRST_THREADS({1}, {3}, {5})", "OM_FIRST_BLOCKS({2})"),
-    "SECOND": ("om_card_second_params", "OM_SECOND_THREADS({1}, {3})", "OM_SECOND_BLOCKS({2}, {1})"),
-    "MLP_FIRST": ("om_card_mlp_first_params", "OM_FIRST_THREADS({2}, {4}, 1)", "OM_FIRST_BLOCKS({3})"),
-    "MLP_SECOND": ("om_card_mlp_second_params", "OM_SECOND_THREADS({1}, {3})", "OM_SECOND_BLOCKS({2}, {1})"),
+    "FIRST": ("om_card_first_params", "OM_FIRST_THREADS({0}, {1}, {3}, {5})", "OM_FIRST_BLOCKS({2})"),
+    "SECOND": ("om_card_second_params", "OM_SECOND_THREADS({0}, {1}, {3})", "OM_SECOND_BLOCKS({0}, {2}, {1})"),
+    "MLP_FIRST": ("om_card_mlp_first_params", "OM_FIRST_THREADS({0}, {2}, {4}, 1)", "OM_FIRST_BLOCKS({3})"),
+    "MLP_SECOND": (
+        "om_card_mlp_second_params",
+        "OM_SECOND_THREADS({0}, {1}, {3})",
+        "OM_SECOND_BLOCKS({0}, {2}, {1})",
+    ),
     "VALUES_FIRST": ("om_card_values_first_params", "OM_VALUES_THREADS", "OM_VALUES_BLOCKS({2})"),
     "VALUES_SECOND": ("om_card_values_second_params", "OM_VALUES_THREADS", "OM_VALUES_BLOCKS({2})"),
     "EMBED": ("om_card_embed_params", "OM_EMBED_THREADS", "OM_EMBED_BLOCKS({1})"),
@@ -41,8 +47,17 @@ KINDS = {
 GROUPS = {"nf4": 1, "int8": 1, "mxfp4": 2}  # of a block
 
 
-def codec_name(codec: str) -> str:
+def codec_name(codec: str, part: int = 0) -> str:
+    """In a kernel's line: of a record, or of a part of one in GGUF's types."""
+    if codec.startswith(PREFIX):
+        kind = codec.removeprefix(PREFIX).split(",")[part]
+        return "OM_GGUF_MXFP4" if kind == "MXFP4" else f"OM_{kind}"
     return f"OM_{codec.upper()}"
+
+
+def inputs_for(codec: str, taken: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """`om_card_input[3]` with the input of a codec alone."""
+    return [taken if name == input_codec(codec) else {} for name in GROUPS]
 
 
 def name_of(kind: str, *sizes: object) -> str:
@@ -88,7 +103,7 @@ class Card:
         blocks = -(-cols // 64)
         quants = aligned(rows * blocks * 64, np.int8)
         quants[:] = 77
-        return {"quants": quants, "scales": np.full(rows * blocks * GROUPS[codec], np.nan, np.float32)}
+        return {"quants": quants, "scales": np.full(rows * blocks * GROUPS[input_codec(codec)], np.nan, np.float32)}
 
 
 def aligned(count: int, dtype: Any) -> np.ndarray:

@@ -122,6 +122,12 @@ inline unsigned shim_prmt(unsigned x, unsigned y, unsigned s) {
     }
     return out;
 }
+/* A number in fp16, exactly. */
+inline float shim_from_half(unsigned bits) {
+    const unsigned sign = (bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;
+    if (exponent == 0) return (sign ? -0x1p-24f : 0x1p-24f) * (float)fraction;
+    return __uint_as_float(sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13);
+}
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned s) { return shim_prmt(x, y, s & 0x7777); }
 inline int __dp4a(int a, int b, int c) {
     for (int i = 0; i < 4; i++) c += (int8_t)(a >> 8 * i) * (int8_t)(b >> 8 * i);

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from offload_moe.native import kernels
-from tests.support.cuda.card import Card, codec_name, copied
+from tests.support.cuda.card import Card, codec_name, copied, inputs_for
 from tests.support.cuda.matrices import Records, make_records
 
 WEIGHT_SCALE = 1.25
@@ -43,7 +43,7 @@ class Family:
 
     @property
     def second_sizes(self) -> tuple[Any, ...]:
-        return (codec_name(self.codec), self.intermediate, self.hidden, self.compiled)
+        return (codec_name(self.codec, -1), self.intermediate, self.hidden, self.compiled)
 
     def records(self) -> Records:
         parts = 2 if self.has_gate else 1
@@ -121,13 +121,13 @@ class CardExperts:
         return table if present is None else np.where(present, table, np.uint64(0))
 
     def quantize(self, x: np.ndarray) -> None:
-        inputs = [self.input if name == self.family.codec else {} for name in ("nf4", "int8", "mxfp4")]
+        inputs = inputs_for(self.family.codec, self.input)
         self.card.run("QUANTIZE", (self.family.hidden,), {"x": copied(x), "inputs": inputs}, y=self.family.compiled)
 
     def scale(self, x: np.ndarray, choice: Choice) -> None:
         """In place of `quantize` where inputs are scaled."""
         family = self.family
-        inputs = [self.input if name == family.codec else {} for name in ("nf4", "int8", "mxfp4")]
+        inputs = inputs_for(family.codec, self.input)
         weights = _padded(choice.weights, family.compiled)
         params = {"x": copied(x), "weights": weights, "weight_scale": WEIGHT_SCALE, "top_k": family.top_k}
         self.card.run("SCALE", (family.hidden,), {**params, "inputs": inputs}, y=family.compiled * family.top_k)
@@ -140,11 +140,12 @@ class CardExperts:
         )
         table[: len(addresses)] = addresses  # behind them lie experts of no row
         shared = {"addresses": table, "hidden": self.hidden, "top_k": family.top_k}
-        first = {"input": self.input, "matrix": self.records.matrix(0), "alpha": 1.702, "limit": 7.0}
+        matrix, *up, second_matrix = self.records.matrices()
+        first = {"input": self.input, "matrix": matrix, "up": (up or [{}])[0], "alpha": 1.702, "limit": 7.0}
         first["pairs_of_input"] = 1 if family.are_scaled else family.top_k
         self.card.run("FIRST", family.first_sizes, {**shared, **first}, y=family.compiled * family.top_k)
         second = {
-            "matrix": self.records.matrix(1),
+            "matrix": second_matrix,
             "ids": _padded(choice.ids, family.compiled),
             **({} if family.are_scaled else {"weights": _padded(choice.weights, family.compiled)}),
             "pairs": self.pairs,

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from offload_moe.native import kernels
-from tests.support.cuda.card import Card, codec_name, copied
+from tests.support.cuda.card import Card, codec_name, copied, inputs_for
 from tests.support.cuda.matrices import Records, make_records, random_rows
 
 
@@ -15,8 +15,7 @@ def multiply(
     rows = [each.shape.matrices[0].out_features for each in records]
     outs = [np.full((compiled, count), 5.0, np.float32) for count in rows]
     taken = card.input(codec, cols, compiled)
-    inputs = [taken if name == codec else {} for name in ("nf4", "int8", "mxfp4")]
-    card.run("QUANTIZE", (cols,), {"x": copied(x), "inputs": inputs}, y=compiled)
+    card.run("QUANTIZE", (cols,), {"x": copied(x), "inputs": inputs_for(codec, taken)}, y=compiled)
     params = {
         "input": taken,
         "matrices": [each.matrix(0) for each in records],

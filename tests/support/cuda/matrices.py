@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from offload_moe.native import kernels
-from offload_moe.native.planes import matrix_struct
+from offload_moe.native.planes import record_structs
 from offload_moe.quant import ExpertShape, Matrix, RecordLayout, get_codec
+from offload_moe.quant.gguf import GgufCodec
 from tests.support.cuda.card import copied, matrix
+from tests.support.gguf_records import random_rows as random_blocks
+from tests.support.gguf_records import spoil_blocks
 
 EXTREME_SCALES = (0.0, 1e-42, torch.inf, torch.nan)
 
@@ -29,10 +32,14 @@ class Records:
     def tensors(self) -> list[Tensor]:
         return [torch.from_numpy(memory) for memory in self.memory]
 
+    def matrices(self) -> list[dict[str, int]]:
+        """The matrices of a record, for kernels' parameters; of GGUF's types gate and up apart."""
+        parts = [self.num_parts, *([1] * (len(self.shape.matrices) - 1))]
+        return [matrix(struct) for struct in record_structs(self.codec, self.shape, self.layout, parts)]
+
     def matrix(self, index: int) -> dict[str, int]:
-        """One matrix of a record, for a kernel's parameters."""
-        parts = self.num_parts if index == 0 else 1
-        return matrix(matrix_struct(self.codec, self.shape.matrices[index], self.layout, num_parts=parts))
+        """One of them."""
+        return self.matrices()[index]
 
 
 def make_records(
@@ -53,7 +60,10 @@ def make_records(
     coder, order = get_codec(codec), None
     layout, memory = coder.layout(shape), []
     order = kernels.PanelOrder(codec, shape, layout, has_gate=num_parts == 2)
-    for _ in range(count):
+    for number in range(count):
+        if isinstance(coder, GgufCodec):
+            memory.append(copied(_gguf_record(coder, shape, order, [seed, number])))
+            continue
         values = {name: torch.randn(dims, generator=random) * 0.08 for name, dims in shape.module_shapes().items()}
         for name, _, _ in sizes:
             values[name] *= torch.exp(torch.randn(len(values[name]), 1, generator=random))
@@ -63,14 +73,29 @@ def make_records(
     return Records(codec=codec, shape=shape, layout=layout, memory=memory, num_parts=num_parts)
 
 
+def _gguf_record(codec: GgufCodec, shape: ExpertShape, order: kernels.PanelOrder, seed: list[int]) -> np.ndarray:
+    """Random blocks, in panels."""
+    values = {
+        part.plane: torch.from_numpy(random_blocks(part.kind.name, part.num_rows, part.matrix.in_features, [*seed, n]))
+        for n, part in enumerate(codec.parts(shape))
+    }
+    values |= {name: torch.linspace(-1, 1, length) for name, length in shape.biases}
+    record = codec.encode(shape, values)[: codec.layout(shape).num_bytes].clone()
+    order.to_panels(record)
+    return record.numpy()
+
+
 def _bias_name(name: str) -> str:
     return "bias" if name == "weight" else f"{name}_bias"
 
 
 def spoil_scales(records: Records, matrix_name: str) -> None:
     """Zero, tiny, infinite and NaN scales among the matrix' scales, as far as the codec has them."""
+    coder = get_codec(records.codec)
     for record in records.tensors:
-        if records.codec == "mxfp4":
+        if isinstance(coder, GgufCodec):
+            _spoil_blocks(coder, records, record, matrix_name)
+        elif records.codec == "mxfp4":
             scales = records.layout.view(record, f"{matrix_name}.scales").flatten()
             scales[:5] = torch.tensor([0, 255, 1, 254, 0], dtype=torch.uint8)
         elif records.codec == "int8":
@@ -80,6 +105,17 @@ def spoil_scales(records: Records, matrix_name: str) -> None:
             nested = records.layout.view(record, f"{matrix_name}.absmax_scale").flatten()
             count = min(len(nested) - 1, len(EXTREME_SCALES))  # the first one stays
             nested[len(nested) - count :] = torch.tensor(EXTREME_SCALES)[len(EXTREME_SCALES) - count :]
+
+
+def _spoil_blocks(codec: GgufCodec, records: Records, record: Tensor, matrix_name: str) -> None:
+    """Every third block's scales, in turn."""
+    order = kernels.panel_order(records.codec, records.shape)
+    assert order is not None
+    order.to_rows(record)
+    for part in codec.parts(records.shape):
+        if part.matrix.name == matrix_name:
+            spoil_blocks(part.kind.name, records.layout.view(record, part.plane).numpy())
+    order.to_panels(record)
 
 
 def random_rows(num_rows: int, cols: int, *, seed: int = 0) -> np.ndarray:

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from offload_moe.card.launches import launch
+from offload_moe.native.constants import CONSTANTS
 from tests.support.cuda.direct import Direct, direct, is_wanted
 
 HEAP_BYTES = 1 << 30
@@ -42,10 +43,14 @@ def evaluate(expression: str) -> int:
     value = 1
     for name, arguments, plain in _CALL.findall(expression):
         if name:
-            value *= launch(name, *(int(part) for part in arguments.split(",")))
+            value *= launch(name, *(_number(part.strip()) for part in arguments.split(",")))
         else:
             value *= int(plain) if plain.isdigit() else launch(plain)
     return value
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdigit() else CONSTANTS[text]
 
 
 def take_memory_from_heap() -> None:

@@ -140,13 +140,16 @@ def linear(made: Bench, codec: str) -> tuple[str, int, Nodes]:
     layout = get_codec(codec).layout(shape)
     kernel, nodes = made.kernel("LINEAR", f"OM_{codec.upper()}", cols, 1), Nodes()
     count, x, out = count_of(made, layout.num_bytes), inputs_of(made, 1, cols), made.room(4 * rows)
+    place = matrix_struct(codec, shape.matrices[0], layout)
+    threads, blocks = (
+        launch("OM_LINEAR_THREADS", place.codec, cols, 1),
+        launch("OM_LINEAR_BLOCKS", place.codec, rows, cols),
+    )
     for _ in range(count):
         params = struct("linear_params")(**{"pass": made.base}, input=x, num_matrices=1)
-        params.matrices[0] = card_matrix(matrix_struct(codec, shape.matrices[0], layout))
+        params.matrices[0] = card_matrix(place)
         params.records[0], params.outs[0] = made.room(layout.record_bytes), out
-        made.node(
-            nodes, kernel, params, launch("OM_LINEAR_THREADS", cols, 1), (launch("OM_LINEAR_BLOCKS", rows, cols),)
-        )
+        made.node(nodes, kernel, params, threads, (blocks,))
     return f"linear {codec}", count * layout.num_bytes, nodes
 
 
@@ -199,15 +202,15 @@ def experts(made: Bench, codec: str, *, is_first: bool) -> tuple[str, int, Nodes
                 nodes,
                 kernel,
                 params,
-                launch("OM_FIRST_THREADS", hidden, 1, 1),
+                launch("OM_FIRST_THREADS", place.codec, hidden, 1, 1),
                 (launch("OM_FIRST_BLOCKS", inner), top_k),
             )
         else:
             kernel = made.kernel("SECOND", f"OM_{codec.upper()}", inner, hidden, 1)
             more = {"ids": ids, "weights": weights, "pairs": pairs, "weight_scale": 1.0, "stride": top_k}
             params = struct("second_params")(**shared, **more)
-            grid = (launch("OM_SECOND_BLOCKS", hidden, inner), top_k)
-            made.node(nodes, kernel, params, launch("OM_SECOND_THREADS", inner, 1), grid)
+            grid = (launch("OM_SECOND_BLOCKS", place.codec, hidden, inner), top_k)
+            made.node(nodes, kernel, params, launch("OM_SECOND_THREADS", place.codec, inner, 1), grid)
     return f"experts {codec}, {'first' if is_first else 'second'} matrix", count * top_k * share, nodes
 
 
