@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from offload_moe.card.linears import linear_of
 from offload_moe.card.norms import Norm, norm_of
-from offload_moe.decode.dense import NarrowEmbedding
+from offload_moe.decode.dense import NarrowEmbedding, RecordEmbedding
 from offload_moe.decode.head import gives_products
 from offload_moe.decode.probe import Uncovered
 from offload_moe.decode.rotation import RotationKeeper, rotation_keeper
@@ -23,6 +23,8 @@ from offload_moe.families.text_model import TextModel
 from offload_moe.native.kernels import Linear
 from offload_moe.native.planes import DTYPES
 
+TABLES = ("q8_0", "q4_k", "q6_k")  # types of GGUF of which rows of an embedding are decoded on a card
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderLayer:
@@ -34,17 +36,26 @@ class DecoderLayer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """An embedding: rows of numbers, or of blocks of a type of GGUF. codec: by its name in the kernels."""
+
+    rows: Tensor
+    codec: str
+    columns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderParts:
     """A decoder whose layers the device pass takes.
 
-    table: of the embedding, ``[V, H]``. head: the output head, whose products are the
+    table: of the embedding. head: the output head, whose products are the
     model's logits; None where they are not, or it has no kernel, for this reason. rotation: of a model that rotates by
     the length of the sequence.
     """
 
     wiring: Wiring
     layers: Sequence[DecoderLayer]
-    table: Tensor
+    table: Table
     final_norm: Norm
     head: Linear | None
     why_no_head: str
@@ -52,7 +63,7 @@ class DecoderParts:
 
     @property
     def hidden(self) -> int:
-        return int(self.table.shape[1])
+        return self.table.columns
 
     @property
     def routers(self) -> list[RouterSpec]:
@@ -85,21 +96,32 @@ def decoder_parts(hf: TextModel) -> DecoderParts:
         wiring = wiring_of(decoder)
     except Uncovered as error:
         raise DevicePassUnavailable(str(error)) from error
-    embedding: Any = wiring.embedding
-    if type(embedding) not in (nn.Embedding, NarrowEmbedding):
-        raise DevicePassUnavailable(f"an embedding that is a {type(embedding).__name__}")
-    if embedding.weight.dtype not in DTYPES:
-        raise DevicePassUnavailable(f"an embedding in {embedding.weight.dtype} has no kernel there")
+    table = _table(wiring.embedding)
     head, why_no_head = _head(hf, wiring)
     return DecoderParts(
         wiring=wiring,
         layers=[_decoder_layer(module) for module in wiring.layers],
-        table=embedding.weight.detach(),
-        final_norm=_final_norm(wiring.norm, embedding.weight),
+        table=table,
+        final_norm=_final_norm(wiring.norm, table),
         head=head,
         why_no_head=why_no_head,
         rotation=rotation_keeper(hf),
     )
+
+
+def _table(embedding: Any) -> Table:
+    """Raises: DevicePassUnavailable."""
+    if isinstance(embedding, RecordEmbedding):
+        kind = embedding.kind.name
+        if kind.lower() not in TABLES:
+            raise DevicePassUnavailable(f"an embedding in GGUF's type {kind} has no kernel there")
+        return Table(rows=embedding.record, codec=f"OM_{kind}", columns=embedding.embedding_dim)
+    if type(embedding) not in (nn.Embedding, NarrowEmbedding):
+        raise DevicePassUnavailable(f"an embedding that is a {type(embedding).__name__}")
+    weight = embedding.weight.detach()
+    if weight.dtype not in DTYPES:
+        raise DevicePassUnavailable(f"an embedding in {weight.dtype} has no kernel there")
+    return Table(rows=weight, codec="OM_BF16" if DTYPES[weight.dtype] else "OM_FP32", columns=weight.shape[1])
 
 
 def _decoder_layer(module: nn.Module) -> DecoderLayer:
@@ -114,11 +136,11 @@ def _decoder_layer(module: nn.Module) -> DecoderLayer:
     return DecoderLayer(module=module, spec=spec, bound=bound_experts(experts))
 
 
-def _final_norm(module: Any, table: Tensor) -> Norm:
+def _final_norm(module: Any, table: Table) -> Norm:
     spec = norm_spec(module)
     if spec is None:
         raise DevicePassUnavailable(f"a last norm that is a {type(module).__name__}")
-    return norm_of(module, spec, table.shape[1], table.device)
+    return norm_of(module, spec, table.columns, table.rows.device)
 
 
 def _head(hf: TextModel, wiring: Wiring) -> tuple[Linear | None, str]:

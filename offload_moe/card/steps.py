@@ -20,7 +20,6 @@ from offload_moe.card.model import DecoderLayer, DecoderParts
 from offload_moe.card.nodes import Node, Nodes
 from offload_moe.card.program import Compile, Program
 from offload_moe.card.structs import struct
-from offload_moe.native.planes import DTYPES
 from offload_moe.native.session import Session
 from offload_moe.native.structs import CardLayerStruct, CardNodeStruct, CardStepsStruct
 
@@ -184,14 +183,13 @@ class CardSteps:
         params = struct("embed_params")(
             **{"pass": frame.base},
             tokens=frame.tokens,
-            table=frame.keeper.address(table),
+            table=frame.keeper.address(table.rows),
             x=frame.residual,
             scale=self._parts.wiring.scale,
-            num_tokens=len(table),
+            num_tokens=len(table.rows),
         )
-        codec = "OM_BF16" if DTYPES[table.dtype] else "OM_FP32"
         nodes.add(
-            frame.program.kernel("EMBED", codec, frame.hidden),
+            frame.program.kernel("EMBED", table.codec, frame.hidden),
             params,
             threads=launch("OM_EMBED_THREADS"),
             grid=(launch("OM_EMBED_BLOCKS", frame.hidden), frame.rows),

@@ -21,7 +21,6 @@ from offload_moe.memory.arena import Arena
 from offload_moe.memory.copier import Copier
 from offload_moe.memory.disk import DiskMover
 from offload_moe.native.kernels import Repacking, SlotTable
-from offload_moe.quant import get_codec
 from offload_moe.residency.hierarchy import Hierarchy, Pools
 from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import DEFAULT_POLICY
@@ -211,14 +210,10 @@ def _bind_experts(
     if blueprint.prefetch and not hierarchy.holds_every_expert:
         probes = find_probes(assembled.hf, assembled.layers)
         lookahead = Lookahead(probes, hierarchy.scheduler, PrefetchGovernor(), blueprint.prefetch, hierarchy.ram)
-    bind = (
-        HybridBinder(hierarchy, get_codec(store.codec), blueprint.hybrid, lookahead)
-        if hierarchy.num_slots("vram")
-        else None
-    )
+    bind = HybridBinder(hierarchy, blueprint.hybrid, lookahead) if hierarchy.num_slots("vram") else None
     bound = []
     for ordinal, (layer, arithmetic) in enumerate(zip(layers, arithmetics, strict=True)):
-        split = bind(ordinal, layer, arithmetic) if bind is not None else None
+        split = bind(ordinal, layer, store.codec_of(ordinal), arithmetic) if bind is not None else None
         ahead = lookahead if ordinal < len(assembled.layers) else None
         bound.append(
             split

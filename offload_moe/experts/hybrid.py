@@ -129,26 +129,26 @@ class HybridExperts(BoundExperts):
 class HybridBinder:
     """Makes the bound experts of each layer; one balance serves all of them."""
 
-    def __init__(self, hierarchy: Hierarchy, codec: Codec, hybrid: Hybrid, lookahead: Lookahead | None = None) -> None:
+    def __init__(self, hierarchy: Hierarchy, hybrid: Hybrid, lookahead: Lookahead | None = None) -> None:
         self._hierarchy = hierarchy
-        self._codec = codec
-        self._is_required = hybrid == "on"
-        # A lossless store gives the same bits wherever an expert is computed, which two arithmetics do not.
-        self._is_wanted = self._is_required or (hybrid == "auto" and codec.name != "bf16")
+        self._hybrid = hybrid
         self.lookahead = lookahead
         self._balance = Balance(hierarchy.link.cost)
 
-    def __call__(self, ordinal: int, layer: ExpertsModule, arithmetic: Arithmetic) -> HybridExperts | None:
+    def __call__(
+        self, ordinal: int, layer: ExpertsModule, codec: Codec, arithmetic: Arithmetic
+    ) -> HybridExperts | None:
         """None where hybrid is off or no kernel fits. Raises: ConfigError when hybrid is "on" and no kernel fits."""
-        if not self._is_wanted:
+        # Lossless records give the same bits wherever an expert is computed, which two arithmetics do not.
+        if self._hybrid == "off" or (self._hybrid == "auto" and codec.name == "bf16"):
             return None
         is_in_rows = arithmetic.order is None  # then the CPU keeps activations in full precision
-        cpu = native_arithmetic(layer.contract, layer.shape, self._codec, is_exact=is_in_rows)
+        cpu = native_arithmetic(layer.contract, layer.shape, codec, is_exact=is_in_rows)
         if cpu is not None and isinstance(arithmetic, DeviceArithmetic):
             return HybridExperts(
                 ordinal, layer.num_experts, self._hierarchy, arithmetic, cpu, self._balance, self.lookahead
             )
-        if self._is_required:
-            reason = kernels.unsupported_reason(self._codec.name, layer.shape) or "no native kernel fits"
+        if self._hybrid == "on":
+            reason = kernels.unsupported_reason(codec.name, layer.shape) or "no native kernel fits"
             raise ConfigError(f"Layer {layer.name} cannot be computed on the CPU: {reason}. Use --hybrid auto or off.")
         return None

@@ -1,13 +1,21 @@
 """The device pass on the fake driver: the CPU's bits, whatever is resident, refused, late, stopped or given up."""
 
-import ctypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.card_model import FAMILIES, CardModel, card_model, store_of
+from support.card_model import (
+    FAMILIES,
+    NUM_NEW,
+    NUM_PROMPT,
+    CardModel,
+    card_model,
+    check_tables,
+    logits,
+    store_of,
+)
 from support.cuda import fake, shim
 from support.models import open_model
 from support.tiny_models import tiny_prompt
@@ -21,7 +29,7 @@ from offload_moe.families.cache_name import with_cache
 
 pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
 
-NUM_PROMPT, NUM_NEW, NUM_LAYERS, TOP_K, ALL = 9, 6, 3, 3, 24
+NUM_LAYERS, TOP_K, ALL = 3, 3, 24
 
 
 @pytest.fixture(scope="module")
@@ -34,34 +42,6 @@ def expected(card_store: Path) -> Tensor:
 def driver() -> Iterator[fake.FakeDriver]:
     with fake.FakeDriver() as driver:
         yield driver
-
-
-def logits(hf: Any, num_new: int = NUM_NEW) -> Tensor:
-    """Of each new token."""
-    ids, _ = tiny_prompt(1, NUM_PROMPT)
-    out = hf.generate(
-        input_ids=ids,
-        do_sample=False,
-        eos_token_id=None,
-        disable_compile=True,
-        return_dict_in_generate=True,
-        output_logits=True,
-        max_new_tokens=num_new,
-    )
-    found = torch.stack(out.logits)
-    assert found.abs().max() > 0.1
-    return found
-
-
-def check_tables(model: CardModel) -> None:
-    """The host's residency is what the card has, and every lent slot has one expert."""
-    pool, hierarchy = model.card.tables.pool, model.engine.hierarchy
-    model.card.settle()
-    slot_of = (ctypes.c_int32 * hierarchy.scheduler.keys.total).from_address(pool.tables.slot_of)
-    assert list(slot_of) == pool.slot_of.tolist()
-    resident = {key for key in range(len(slot_of)) if slot_of[key] >= 0}
-    assert resident == set(hierarchy.scheduler.residency.resident_keys())
-    assert len({slot_of[key] for key in resident}) == len(resident)
 
 
 @pytest.mark.parametrize("mode", ["queued", "stepwise"])

@@ -1,5 +1,6 @@
 """Models that decode by the device pass, on the fake driver: torch's memory on the CPU stands for the card's."""
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from offload_moe.card.build import install
 from offload_moe.card.device import CardDevice
@@ -18,8 +20,9 @@ from offload_moe.memory.page_lock import LockRuntime, PageLock
 from offload_moe.memory.simulated import SimulatedCopier
 from offload_moe.store import Store
 from support.cuda import fake
-from support.tiny_models import tiny_model
+from support.tiny_models import tiny_model, tiny_prompt
 
+NUM_PROMPT, NUM_NEW = 9, 6  # tokens
 LINEAR_ATTENTION: dict[str, object] = {  # three layers of gated delta rules, and one of attention with gates
     "num_hidden_layers": 4,
     "head_dim": 32,
@@ -128,7 +131,7 @@ def card_model(
     """
     device = CardDevice.open(driver.path, fake.nvrtc(shim_mode), cubins=fake.shim.CACHE / "cubins")
     store = Store.open(path)
-    slot_bytes = store.record(0, 0).num_bytes
+    slot_bytes = max(layer.record_bytes for layer in store.layers)
     pools = pools_of(store, slot_bytes=slot_bytes, num_ram_slots=num_ram, num_device_slots=num_vram)
     engine = build(
         store,
@@ -152,3 +155,31 @@ def card_model(
     finally:
         hierarchy.close()
         device.session.close()
+
+
+def logits(hf: Any, num_new: int = NUM_NEW) -> Tensor:
+    """Of each new token."""
+    ids, _ = tiny_prompt(1, NUM_PROMPT)
+    out = hf.generate(
+        input_ids=ids,
+        do_sample=False,
+        eos_token_id=None,
+        disable_compile=True,
+        return_dict_in_generate=True,
+        output_logits=True,
+        max_new_tokens=num_new,
+    )
+    found = torch.stack(out.logits)
+    assert found.abs().max() > 0.1
+    return found
+
+
+def check_tables(model: CardModel) -> None:
+    """The host's residency is what the card has, and every lent slot has one expert."""
+    pool, hierarchy = model.card.tables.pool, model.engine.hierarchy
+    model.card.settle()
+    slot_of = (ctypes.c_int32 * hierarchy.scheduler.keys.total).from_address(pool.tables.slot_of)
+    assert list(slot_of) == pool.slot_of.tolist()
+    resident = {key for key in range(len(slot_of)) if slot_of[key] >= 0}
+    assert resident == set(hierarchy.scheduler.residency.resident_keys())
+    assert len({slot_of[key] for key in resident}) == len(resident)

@@ -86,12 +86,12 @@ def offload(
     )
     attached.hierarchy = hierarchy = Hierarchy(pools, lambda arena, _: MemoryMover(records, arena), copier)
     detach_parameters(layers)
-    bind = HybridBinder(hierarchy, codec, hybrid) if num_device_slots else None
+    bind = HybridBinder(hierarchy, hybrid) if num_device_slots else None
     bound = []
     for ordinal, layer in enumerate(layers):
         made = arithmetic(layer.module, layer.shape, codec)
         bound.append(
-            (bind and bind(ordinal, layer, made))
+            (bind and bind(ordinal, layer, codec, made))
             or BoundExperts(ordinal, layer.num_experts, hierarchy.scheduler, hierarchy.record_of, made)
         )
     attach(layers, bound)

@@ -9,6 +9,8 @@ from tests.support.cuda import shim
 from tests.support.cuda.card import Card, bits, copied
 from tests.support.cuda.layer import CardExperts, Family, choose, library_rows
 from tests.support.cuda.matrices import extreme_rows, make_records, random_rows
+from tests.support.gguf_records import decoded as gguf_numbers
+from tests.support.gguf_records import random_rows as random_blocks
 from tests.support.one_arithmetic import quantize
 
 pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
@@ -22,6 +24,7 @@ COMPILED = [
     *LAYER.kernels(),
     ("EMBED", "OM_BF16", 200),
     ("EMBED", "OM_FP32", 64),
+    *(("EMBED", f"OM_{kind}", 512) for kind in ("Q8_0", "Q4_K", "Q6_K")),
 ]
 COMPILED += [("MLP_FIRST", "OM_INT8", "OM_INT8", 200, 72, 2, "OM_SILU"), ("MLP_SECOND", "OM_INT8", 72, 200, 2)]
 COMPILED = list(dict.fromkeys(COMPILED))
@@ -168,6 +171,15 @@ def test_embeddings(dtype: torch.dtype, hidden: int) -> None:
     assert np.array_equal(x[:2], (table.float() * 1.5)[[8, 0]].numpy())
     assert np.isnan(x[2:4]).all()  # no such tokens
     assert (x[4] == 5.0).all()
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "Q6_K"])
+def test_embeddings_in_types_of_gguf(kind: str) -> None:
+    blocks = random_blocks(kind, 9, 512)
+    x, tokens = np.full((2, 512), 5.0, np.float32), np.array([8, 3], np.int32)
+    params = {"tokens": tokens, "table": copied(blocks), "x": x, "scale": 1.5, "num_tokens": 9}
+    Card(COMPILED, 2).run("EMBED", (f"OM_{kind}", 512), params, y=2)
+    assert np.array_equal(bits(x), bits(gguf_numbers(kind, blocks[tokens]).astype(np.float32) * np.float32(1.5)))
 
 
 def test_nothing_is_written_once_the_pass_is_stopped() -> None:

@@ -148,7 +148,7 @@ typedef struct {
 typedef struct {
     om_card_pass pass;
     const int *tokens; /* [T]; of those outside of the table x becomes NaN */
-    const void *table; /* [V, H], bf16 or fp32 */
+    const void *table; /* [V, H], bf16 or fp32; or rows of blocks of Q8_0, Q4_K or Q6_K, which begin at even addresses */
     float *x;
     float scale;
     int num_tokens; /* V */
