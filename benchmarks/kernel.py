@@ -233,7 +233,7 @@ class CodecBench:
 
     def repack_rates(self, num_trials: int) -> list[dict[str, Any]]:
         """GB per second that one thread repacks in place, there and back."""
-        if self._in_panels is None:
+        if self._in_panels is None or (self._label in TYPES and TYPES[self._label].is_plain):
             return []
         weights, rates = self._in_panels, {"to_rows": list[float](), "to_panels": list[float]()}
         shape = weight_shape(weights.rows, weights.columns)

@@ -21,6 +21,9 @@ def random_blocks(kind: GgufType, rows: int, columns: int) -> Tensor:
     """uint8 ``[rows, bytes of a row]``: the same for the same arguments."""
     import gguf
 
+    if kind.is_plain:
+        numbers = np.random.default_rng([rows, columns]).normal(0, 0.02, (rows, columns)).astype(np.float32)
+        return torch.from_numpy(gguf.quantize(numbers, gguf.GGMLQuantizationType[kind.name]).view(np.uint8))
     block, num_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.name]]
     generator = np.random.default_rng([rows, columns])
     blocks = generator.integers(0, 256, (rows * columns // block, num_bytes), dtype=np.uint8)

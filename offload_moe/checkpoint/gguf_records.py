@@ -107,7 +107,7 @@ class GgufRecords:
         found = {}
         for name in self.checkpoint.dense:
             part = self._parts.get(name)
-            if name in matrices and part is not None and part.keeps_rows and _kind_fits(part.tensors[0]):
+            if name in matrices and part is not None and part.keeps_rows and _keeps_kind(part.tensors[0]):
                 found[name] = gguf_codec([part.tensors[0].kind])
         return found
 
@@ -179,8 +179,10 @@ def _codec_of(shape: ExpertShape, tensors: Sequence[Stored]) -> GgufCodec | Bf16
     return codec
 
 
-def _kind_fits(tensor: Stored) -> bool:
-    return tensor.kind in TYPES and TYPES[tensor.kind].takes(tensor.shape[-1])
+def _keeps_kind(tensor: Stored) -> bool:
+    """Whether a dense matrix keeps its type: bf16 and fp32 are the types of numbers that are read."""
+    kind = TYPES.get(tensor.kind)
+    return kind is not None and kind.name not in ("BF16", "F32") and kind.takes(tensor.shape[-1])
 
 
 def _matrices(checkpoint: Checkpoint) -> set[str]:

@@ -1,8 +1,9 @@
 """Numbers that C and Python share. `abi.py` compares them with those of the library."""
 
 CODECS = {"nf4": 0, "int8": 1, "mxfp4": 2, "bf16": 3, "fp32": 4}
-GGUF_BLOCKS = {"q4_0": 5, "q4_1": 6, "q5_0": 7, "q5_1": 8, "q8_0": 9, "iq4_nl": 10, "gguf_mxfp4": 11}
-GGUF_SUPERBLOCKS = {"q2_k": 12, "q3_k": 13, "q4_k": 14, "q5_k": 15, "q6_k": 16, "iq4_xs": 17}
+GGUF_NUMBERS = {"fp16": 5}  # beside bf16 and fp32
+GGUF_BLOCKS = {"q4_0": 6, "q4_1": 7, "q5_0": 8, "q5_1": 9, "q8_0": 10, "iq4_nl": 11, "gguf_mxfp4": 12}
+GGUF_SUPERBLOCKS = {"q2_k": 13, "q3_k": 14, "q4_k": 15, "q5_k": 16, "q6_k": 17, "iq4_xs": 18}
 FP32_VALUES, BF16_VALUES = 0, 1  # dtypes of activations
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "gpt_oss": 3, "relu": 4, "relu2": 5, "identity": 6}
 ROTATIONS = {"halves": 0, "pairs_to_halves": 1, "pairs": 2}  # the dims that turn together, and their places afterwards
@@ -20,7 +21,7 @@ MAX_SCORED = 1024  # experts of a router that scores all of them
 MAX_ROTATED = 256  # dims of latent attention
 MAX_DELTA_DIM = 256  # of a head of a gated delta rule
 
-_TABLES = (CODECS, GGUF_BLOCKS, GGUF_SUPERBLOCKS, ACTIVATIONS, ROTATIONS)
+_TABLES = (CODECS, GGUF_NUMBERS, GGUF_BLOCKS, GGUF_SUPERBLOCKS, ACTIVATIONS, ROTATIONS)
 CONSTANTS = {
     **{f"OM_{name.upper()}": value for table in _TABLES for name, value in table.items()},
     "OM_F32": FP32_VALUES,

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from offload_moe.errors import ConfigError
-from offload_moe.native.constants import BF16_VALUES, CODECS, FP32_VALUES, GGUF_BLOCKS, GGUF_SUPERBLOCKS
+from offload_moe.native.constants import (
+    BF16_VALUES,
+    CODECS,
+    FP32_VALUES,
+    GGUF_BLOCKS,
+    GGUF_NUMBERS,
+    GGUF_SUPERBLOCKS,
+)
 from offload_moe.native.structs import MatrixStruct
 from offload_moe.quant.blockwise import bias_of
 from offload_moe.quant.gguf import GGUF, PREFIX, GgufPart, parse_gguf
@@ -63,14 +70,14 @@ def record_structs(codec: str, shape: ExpertShape, layout: RecordLayout, parts: 
 
 def _gguf_struct(part: GgufPart, layout: RecordLayout) -> MatrixStruct:
     matrix, name = part.matrix, part.kind.name.lower()
-    numbers = GGUF_BLOCKS | GGUF_SUPERBLOCKS
+    numbers = CODECS | GGUF_NUMBERS | GGUF_BLOCKS | GGUF_SUPERBLOCKS
     offset = layout.planes[part.plane].offset
     bias = f"{bias_of(matrix)}.values"
     return MatrixStruct(
         rows=part.num_rows,
         cols=matrix.in_features,
         padded=matrix.in_features,
-        codec=numbers["gguf_mxfp4" if name == "mxfp4" else name],
+        codec=numbers[_CODEC_NAMES.get(name, name)],
         part_rows=part.num_rows,
         codes=offset,
         scales=offset + part.sides_offset,
@@ -127,4 +134,5 @@ _PLANES = {
     "mxfp4": {"codes": "codes", "scales": "scales"},
     **{codec: {"codes": "values"} for codec in VALUES},
 }
+_CODEC_NAMES = {"mxfp4": "gguf_mxfp4", "f16": "fp16", "f32": "fp32"}  # of GGUF's types
 _OPTIONAL_FIELDS = ("scales", "nested_scales", "nested_offset")

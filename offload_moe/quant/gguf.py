@@ -23,12 +23,17 @@ MOST_TYPES = 3  # an expert's gate, up and down
 @dataclass(frozen=True, slots=True)
 class GgufType:
     """One type. columns, num_bytes: of what a row of a panel is made of, 64 or 256 weights; num_dwords: the part of it
-    that is interleaved, see docs/decisions/120."""
+    that is interleaved, see docs/decisions/120. Plain numbers, of which a dword has one or two, stay in row order."""
 
     name: str
     columns: int
     num_bytes: int
     num_dwords: int
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its weights are numbers, which take activations in fp32."""
+        return self.num_bytes == 4
 
     def takes(self, in_features: int) -> bool:
         """Whether a kernel reads rows of so many weights."""
@@ -57,6 +62,9 @@ TYPES: Mapping[str, GgufType] = {
         GgufType("Q5_K", 256, 176, 44),
         GgufType("Q6_K", 256, 210, 52),
         GgufType("IQ4_XS", 256, 136, 34),
+        GgufType("F16", 2, 4, 1),
+        GgufType("BF16", 2, 4, 1),
+        GgufType("F32", 1, 4, 1),
     )
 }
 

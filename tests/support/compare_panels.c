@@ -12,7 +12,7 @@
 enum { MAX_ROWS = 53, MAX_COLUMNS = 2048, MAX_BLOCKS = MAX_COLUMNS / OM_BLOCK, COUNT = 4096 };
 
 static const char *const codecs[] = {
-    "nf4",    "int8", "mxfp4", "bf16", "fp32", "Q4_0", "Q4_1", "Q5_0", "Q5_1",
+    "nf4",    "int8", "mxfp4", "bf16", "fp32", "fp16", "Q4_0", "Q4_1", "Q5_0", "Q5_1",
     "Q8_0", "IQ4_NL", "MXFP4 of GGUF", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"};
 static uint8_t codes[MAX_ROWS * MAX_COLUMNS * 2], scales[MAX_ROWS * MAX_BLOCKS * 4];
 static float nested[MAX_ROWS * MAX_BLOCKS / OM_NESTED + 2], x[OM_TILE * MAX_COLUMNS];

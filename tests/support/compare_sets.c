@@ -13,7 +13,7 @@ void om_encode_int8(const void *, int32_t, int64_t, int8_t *, float *);
 
 enum { ROWS = 7, MAX_TOKENS = 9, MAX_COLUMNS = 1200, RECORD_BYTES = 1 << 16 };
 
-static const char *const codecs[] = {"nf4", "int8", "mxfp4", "bf16", "fp32"};
+static const char *const codecs[] = {"nf4", "int8", "mxfp4", "bf16", "fp32", "fp16"};
 static uint8_t record[RECORD_BYTES];
 static float x[MAX_TOKENS * MAX_COLUMNS];
 
@@ -30,6 +30,10 @@ static om_matrix random_matrix(int codec, int64_t columns) {
     }
     if (codec == OM_FP32) {
         for (int64_t i = 0; i < ROWS * columns; i++) ((float *)record)[i] = noise();
+        return m;
+    }
+    if (codec == OM_FP16) { /* numbers below 2 */
+        for (int64_t i = 0; i < ROWS * columns; i++) ((uint16_t *)record)[i] = (uint16_t)rand() & 0xbfff;
         return m;
     }
     m.scales = 32768;
@@ -65,7 +69,7 @@ static int compare_rows(const char *set) {
     float mine[ROWS * MAX_TOKENS], portable[ROWS * MAX_TOKENS];
     int num_bad = 0, num_cases = 0;
     double worst = 0.0;
-    for (int codec = OM_NF4; codec <= OM_FP32; codec++)
+    for (int codec = OM_NF4; codec <= OM_FP16; codec++)
         for (size_t c = 0; c < sizeof columns / sizeof *columns; c++)
             for (size_t t = 0; t < sizeof tokens / sizeof *tokens; t++, num_cases++) {
                 const om_matrix m = random_matrix(codec, columns[c]);

@@ -117,17 +117,20 @@ static int compare_rows(const om_vector_set *set) {
     static const int64_t columns[] = {5, 16, 40, 128, MAX_DIM};
     static float values[OM_TILE][MAX_DIM], mine[NUM_ROWS * OM_TILE], theirs[NUM_ROWS * OM_TILE];
     int num_bad = 0, num_cases = 0;
+    static uint16_t fp16_rows[NUM_ROWS * MAX_DIM]; /* finite, some of them subnormal */
     fill(values[0], OM_TILE * MAX_DIM);
-    for (int is_fp32 = 0; is_fp32 < 2; is_fp32++)
+    for (int i = 0; i < NUM_ROWS * MAX_DIM; i++) fp16_rows[i] = (uint16_t)(rand() >> 7) & 0xbfff;
+    const void *const numbers[] = {[OM_BF16] = bf16_rows[0], [OM_FP32] = fp32_rows[0], [OM_FP16] = fp16_rows};
+    for (int codec = OM_BF16; codec <= OM_FP16; codec++)
         for (size_t c = 0; c < sizeof columns / sizeof *columns; c++)
             for (int num_tokens = 1; num_tokens <= OM_TILE; num_tokens *= 2, num_cases++) {
-                const om_weights w = {.codes = is_fp32 ? (const uint8_t *)fp32_rows[0] : (const uint8_t *)bf16_rows[0],
+                const om_weights w = {.codes = numbers[codec],
                                       .rows = NUM_ROWS, .cols = columns[c]};
                 om_tile tile = {.num_tokens = num_tokens};
                 for (int t = 0; t < num_tokens; t++) tile.values[t] = values[t];
                 memset(mine, 0, sizeof mine), memset(theirs, 0, sizeof theirs);
-                set->value_rows[is_fp32](&w, 0, NUM_ROWS, &tile, mine);
-                om_vectors_portable.value_rows[is_fp32](&w, 0, NUM_ROWS, &tile, theirs);
+                set->value_rows[codec - OM_BF16](&w, 0, NUM_ROWS, &tile, mine);
+                om_vectors_portable.value_rows[codec - OM_BF16](&w, 0, NUM_ROWS, &tile, theirs);
                 num_bad += differ("rows of numbers", mine, theirs, sizeof mine);
             }
     printf("vectors: %d of %d rows have other bits than portable\n", num_bad, num_cases);

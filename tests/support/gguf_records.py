@@ -11,7 +11,7 @@ from offload_moe.native import kernels
 from offload_moe.quant import ExpertShape, Matrix, RecordLayout
 from offload_moe.quant.gguf import TYPES, GgufCodec, gguf_codec
 
-# Where a block has fp16 numbers.
+# Where a block has fp16 numbers. IQ2_XXS has no kernel.
 HALVES = {
     **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), (0,)),
     **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
@@ -19,11 +19,19 @@ HALVES = {
     "Q3_K": (108,),
     "Q6_K": (208,),
     "MXFP4": (),
+    "IQ2_XXS": (0,),
 }
+PLAIN = tuple(kind for kind in TYPES if TYPES[kind].is_plain)
+QUANTIZED = tuple(kind for kind in TYPES if kind not in PLAIN)
 
 
 def random_rows(kind: str, rows: int, columns: int, seed: Sequence[int] = (0,)) -> np.ndarray:
-    """uint8 ``[rows, row bytes]``: random codes under scales of either sign, some of them subnormal."""
+    """uint8 ``[rows, row bytes]``: random codes under scales of either sign, or numbers; some of them subnormal."""
+    if kind in PLAIN:
+        generator = np.random.default_rng([*seed, rows, columns])
+        sizes = 10.0 ** generator.integers(-7, 1, (rows, columns))
+        numbers = (generator.normal(0, 1, (rows, columns)) * sizes).astype(np.float32)
+        return gguf.quantize(numbers, gguf.GGMLQuantizationType[kind]).view(np.uint8)
     block, num_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     generator = np.random.default_rng([*seed, rows, columns])
     blocks = generator.integers(0, 256, (rows * columns // block, num_bytes), dtype=np.uint8)
@@ -97,6 +105,6 @@ class GgufMatrix:
 
 
 def columns_of(kind: str) -> tuple[int, ...]:
-    """Widths with an odd and an even number of chunks, the last one long."""
-    step = TYPES[kind].columns
+    """Widths with an odd and an even number of chunks, the last one long; multiples of 64."""
+    step = max(64, TYPES[kind].columns)
     return (step, 3 * step, 1024)

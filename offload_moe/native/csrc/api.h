@@ -16,7 +16,7 @@
     FIELD(T, int64_t, rows, ) FIELD(T, int64_t, cols, ) FIELD(T, int64_t, padded, ) \
     FIELD(T, int64_t, codes, ) FIELD(T, int64_t, scales, ) \
     FIELD(T, int64_t, nested_scales, ) FIELD(T, int64_t, nested_offset, ) FIELD(T, int64_t, bias, ) \
-    FIELD(T, int64_t, part_rows, ) /* in panels, which begin anew after so many rows; 0: in row order */ \
+    FIELD(T, int64_t, part_rows, ) /* in panels, which begin anew after so many rows (plain numbers beside panels stay in row order); 0: in row order */ \
     FIELD(T, int32_t, codec, ) FIELD(T, int32_t, bias_dtype, )
 
 #define OM_MOE_LAYER_FIELDS(FIELD, T) \
@@ -409,10 +409,10 @@
     FUNCTION(double, om_card_cpu_seconds, (const om_device_pass *pass)) \
     FUNCTION(int64_t, om_card_num_on_cpu, (const om_device_pass *pass))
 
-enum { OM_NF4 = 0, OM_INT8 = 1, OM_MXFP4 = 2, OM_BF16 = 3, OM_FP32 = 4 };
+enum { OM_NF4 = 0, OM_INT8 = 1, OM_MXFP4 = 2, OM_BF16 = 3, OM_FP32 = 4, OM_FP16 = 5 };
 /* Types of GGUF files: blocks of 32 weights, then superblocks of 256. */
-enum { OM_Q4_0 = 5, OM_Q4_1 = 6, OM_Q5_0 = 7, OM_Q5_1 = 8, OM_Q8_0 = 9, OM_IQ4_NL = 10, OM_GGUF_MXFP4 = 11,
-       OM_Q2_K = 12, OM_Q3_K = 13, OM_Q4_K = 14, OM_Q5_K = 15, OM_Q6_K = 16, OM_IQ4_XS = 17, OM_NUM_CODECS = 18 };
+enum { OM_Q4_0 = 6, OM_Q4_1 = 7, OM_Q5_0 = 8, OM_Q5_1 = 9, OM_Q8_0 = 10, OM_IQ4_NL = 11, OM_GGUF_MXFP4 = 12,
+       OM_Q2_K = 13, OM_Q3_K = 14, OM_Q4_K = 15, OM_Q5_K = 16, OM_Q6_K = 17, OM_IQ4_XS = 18, OM_NUM_CODECS = 19 };
 enum { OM_F32 = 0, OM_BF16_VALUES = 1 };
 enum { OM_SILU = 0, OM_GELU = 1, OM_GELU_TANH = 2, OM_GPT_OSS = 3, OM_RELU = 4, OM_RELU2 = 5, OM_IDENTITY = 6 };
 enum { OM_SLOT_FREE = 0, OM_SLOT_LOADING = 1, OM_SLOT_RESIDENT = 2, OM_SLOT_RESERVED = 3, OM_SLOT_ARRIVED = 4 };
@@ -437,7 +437,7 @@ enum { OM_GIVES_HIDDEN = 0, OM_GIVES_LOGITS = 1, OM_GIVES_TOKENS = 2 };
 #define OM_MAX_SCORED 1024 /* experts of a layer whose router scores all of them */
 
 #define OM_CONSTANTS(CONSTANT) \
-    CONSTANT(OM_NF4) CONSTANT(OM_INT8) CONSTANT(OM_MXFP4) CONSTANT(OM_BF16) CONSTANT(OM_FP32) \
+    CONSTANT(OM_NF4) CONSTANT(OM_INT8) CONSTANT(OM_MXFP4) CONSTANT(OM_BF16) CONSTANT(OM_FP32) CONSTANT(OM_FP16) \
     CONSTANT(OM_Q4_0) CONSTANT(OM_Q4_1) CONSTANT(OM_Q5_0) CONSTANT(OM_Q5_1) CONSTANT(OM_Q8_0) CONSTANT(OM_IQ4_NL) CONSTANT(OM_GGUF_MXFP4) \
     CONSTANT(OM_Q2_K) CONSTANT(OM_Q3_K) CONSTANT(OM_Q4_K) CONSTANT(OM_Q5_K) CONSTANT(OM_Q6_K) CONSTANT(OM_IQ4_XS) \
     CONSTANT(OM_F32) CONSTANT(OM_BF16_VALUES) \

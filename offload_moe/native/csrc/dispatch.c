@@ -1,6 +1,6 @@
 /* The choice of a kernel set: the best one that the machine runs, or the one named. */
 #include "cpu.h"
-#include "panel.h"
+#include "panel_values.h"
 #include "vector_set.h"
 
 #include <string.h>
@@ -26,8 +26,10 @@ const om_isa *om_active_isa(void) { return active != NULL ? active : (active = f
 
 om_rows_fn om_rows_of(int32_t codec) {
     const om_isa *isa = om_active_isa();
-    return OM_ARE_VALUES(codec) ? isa->vectors->value_rows[codec == OM_FP32] : isa->rows[codec];
+    return OM_ARE_VALUES(codec) ? isa->vectors->value_rows[codec - OM_BF16] : isa->rows[codec];
 }
+
+om_panel_fn om_panels_of(int32_t codec) { return OM_ARE_VALUES(codec) ? om_value_panels : om_active_isa()->panels->rows[codec]; }
 
 /* "" for the best. Returns 0, or -1 when this build or machine cannot run it. Not while a call is in progress. */
 OM_EXPORT int om_select(const char *name) {

@@ -7,18 +7,7 @@
 static float half_at(const uint8_t *bytes) {
     uint16_t half;
     memcpy(&half, bytes, sizeof half);
-    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, exponent = half >> 10 & 31, fraction = half & 1023;
-    uint32_t bits = sign | (exponent + 112) << 23 | fraction << 13;
-    if (exponent == 0) {
-        const float value = (float)fraction * 0x1p-24f;
-        memcpy(&bits, &value, sizeof bits);
-        bits |= sign;
-    } else if (exponent == 31) {
-        bits = sign | 0x7f800000u | fraction << 13;
-    }
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
+    return om_fp16_to_float(half);
 }
 
 /* 32 weights of which byte i holds i (low nibble) and i + 16. */

@@ -28,7 +28,8 @@
 #include "api.h"
 
 #define OM_IS_GGUF(codec) ((codec) >= OM_Q4_0)
-#define OM_ARE_VALUES(codec) ((codec) == OM_BF16 || (codec) == OM_FP32) /* no codes: rows without padding or scales */
+#define OM_ARE_VALUES(codec) ((codec) >= OM_BF16 && (codec) <= OM_FP16) /* no codes: rows without padding or scales */
+#define OM_NUM_VALUE_CODECS 3
 #define OM_TILE 8        /* tokens that one pass over a row's codes serves */
 _Static_assert(OM_MAX_ROWS <= OM_TILE, "the rows of a call are one tile");
 #define OM_PREFETCH_BYTES 4096 /* bandwidth times latency is 4 to 8 KiB a core; twice that, as rows of scales lie between */
@@ -110,6 +111,22 @@ OM_INLINE float om_bf16_to_float(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
     float value;
     __builtin_memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+/* Exactly, subnormal ones included. */
+OM_INLINE float om_fp16_to_float(uint16_t half) {
+    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, exponent = half >> 10 & 31, fraction = half & 1023;
+    uint32_t bits = sign | (exponent + 112) << 23 | fraction << 13;
+    if (exponent == 0) {
+        const float value = (float)fraction * 0x1p-24f;
+        __builtin_memcpy(&bits, &value, sizeof bits);
+        bits |= sign;
+    } else if (exponent == 31) {
+        bits = sign | 0x7f800000u | fraction << 13;
+    }
+    float value;
+    __builtin_memcpy(&value, &bits, sizeof value);
     return value;
 }
 

@@ -42,17 +42,20 @@ typedef struct {
     int32_t *corrections; /* [G]: -128 times the sum of a group's quants; of GGUF's types [B, 4]: the sums of 16 quants */
 } om_panel_token;
 
-/* The same of T tokens: quants [B, T, 64], scales and corrections [..., T]. */
+/* The same of T tokens: quants [B, T, 64], scales and corrections [..., T]; and each one's numbers, for matrices of plain numbers. */
 typedef struct {
     const int8_t *quants;
     const float *scales;
     const int32_t *corrections;
     int num_tokens;
+    const float *values[OM_TILE];
 } om_panel_tile;
 
 /* results[token * stride + row - first_row], without bias. `first_row` begins a panel, and whole panels follow until the last. */
 typedef void (*om_panel_fn)(const om_weights *w, int64_t first_row, int64_t num_rows, const om_panel_tile *tile, float *results,
                             int64_t stride);
+
+om_panel_fn om_panels_of(int32_t codec);
 
 struct om_panel_set {
     om_panel_fn rows[OM_NUM_CODECS]; /* [codec] */

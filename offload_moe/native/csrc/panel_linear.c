@@ -51,7 +51,7 @@ static void panels_unit(void *context, int64_t unit, int64_t next, int thread) {
     const int64_t units = om_divide_up(part_rows, UNIT_ROWS), row = unit % units * UNIT_ROWS;
     const int64_t first_row = unit / units * part_rows + row, num_rows = om_min(UNIT_ROWS, part_rows - row);
     const om_weights w = om_resolve(&job->matrices[matrix], job->records[matrix]);
-    const om_panel_fn rows = om_active_isa()->panels->rows[w.codec];
+    const om_panel_fn rows = om_panels_of(w.codec);
     float results[UNIT_ROWS * OM_TILE];
     for (int64_t tile = 0; tile * OM_TILE < job->num_tokens; tile++) {
         rows(&w, first_row, num_rows, &job->tiles[tile], results, UNIT_ROWS);
@@ -61,7 +61,8 @@ static void panels_unit(void *context, int64_t unit, int64_t next, int thread) {
 
 void om_lay_out_panel_linear(om_linear_job *job, uintptr_t *cursor) {
     const int64_t num_tiles = om_divide_up(job->num_tokens, OM_TILE);
-    om_lay_out_panel_inputs(&job->inputs, &job->matrices[0], job->num_tokens, cursor);
+    for (int64_t i = 0; i < job->num_matrices; i++) om_take_inputs_for(&job->inputs, &job->matrices[i]);
+    om_lay_out_panel_inputs(&job->inputs, job->num_tokens, cursor);
     job->tiles = om_take(cursor, num_tiles * (int64_t)sizeof(om_panel_tile));
     job->tile_memory = om_take(cursor, job->num_tokens == 1 ? 0 : num_tiles * om_panel_tile_bytes(&job->inputs));
 }

@@ -6,8 +6,11 @@ typedef struct {
 } chunk_results;
 
 void om_lay_out_panels(moe_job *job, uintptr_t *cursor) {
-    om_lay_out_panel_inputs(&job->panel_inputs, &job->layer->first, job->num_tokens, cursor);
-    om_lay_out_panel_inputs(&job->panel_hidden, &job->layer->second, job->group_pairs, cursor);
+    om_take_inputs_for(&job->panel_inputs, &job->layer->first);
+    if (job->layer->up.rows != 0) om_take_inputs_for(&job->panel_inputs, &job->layer->up);
+    om_take_inputs_for(&job->panel_hidden, &job->layer->second);
+    om_lay_out_panel_inputs(&job->panel_inputs, job->num_tokens, cursor);
+    om_lay_out_panel_inputs(&job->panel_hidden, job->group_pairs, cursor);
     const int64_t tile_bytes = om_max(om_panel_tile_bytes(&job->panel_inputs), om_panel_tile_bytes(&job->panel_hidden));
     job->tile_bytes = om_take(cursor, om_pool_threads() * tile_bytes);
 }
@@ -21,7 +24,7 @@ static void add_bias(const om_weights *w, int64_t first_row, int64_t num_rows, f
     for (int64_t r = 0; r < num_rows; r++) values[r] += om_bias_at(w, first_row + r);
 }
 
-/* Bias and activation of one token's chunk, quantized for the second matrix. */
+/* Bias and activation of one token's chunk, in the form that the second matrix takes. */
 static void finish_chunk(const moe_job *job, const om_weights *gate_weights, const om_weights *up_weights, int64_t first_row,
                          int64_t first_up, int64_t num_rows, float *gate, float *up, int64_t pair) {
     const om_moe_layer *layer = job->layer;
@@ -41,7 +44,7 @@ void om_first_panels(void *context, int64_t unit, int64_t next_unit, int thread)
     const om_weights w = om_resolve(&job->layer->first, job->records[s->expert]);
     const om_weights up = has_own_up ? om_resolve(&job->layer->up, job->records[s->expert]) : w;
     const int64_t first_up = has_own_up ? first_row : job->intermediate + first_row;
-    const om_panel_fn rows = om_active_isa()->panels->rows[w.codec], up_rows = om_active_isa()->panels->rows[up.codec];
+    const om_panel_fn rows = om_panels_of(w.codec), up_rows = om_panels_of(up.codec);
     chunk_results results;
     for (int64_t first = s->first_pair, end = first + s->num_pairs; first < end; first += OM_TILE) {
         const int num_tokens = (int)om_min(OM_TILE, end - first);
@@ -56,7 +59,7 @@ void om_first_panels(void *context, int64_t unit, int64_t next_unit, int thread)
 
 static void second_segment(const moe_job *job, const segment *s, int64_t first_row, int64_t num_rows, int thread) {
     const om_weights w = om_resolve(&job->layer->second, job->records[s->expert]);
-    const om_panel_fn rows = om_active_isa()->panels->rows[w.codec];
+    const om_panel_fn rows = om_panels_of(w.codec);
     float results[OM_MAX_OUT_ROWS * OM_TILE];
     for (int64_t first = s->first_pair, end = first + s->num_pairs; first < end; first += OM_TILE) {
         const int num_tokens = (int)om_min(OM_TILE, end - first);

@@ -46,6 +46,7 @@ static void repack_plane(const om_matrix *m, uint8_t *plane, int64_t row_bytes, 
 OM_EXPORT void om_repack(const om_matrix *matrices, int64_t num_matrices, uint8_t *record, int32_t to_panels, uint8_t *scratch) {
     for (int64_t i = 0; i < num_matrices; i++) {
         const om_matrix *m = &matrices[i];
+        if (OM_ARE_VALUES(m->codec)) continue; /* they stay in row order */
         if (OM_IS_GGUF(m->codec)) {
             om_repack_gguf(m, record, to_panels, scratch);
             continue;

@@ -1,7 +1,7 @@
 /* Loops over vectors of 16 lanes are written once: on every machine sums have 16 lanes.
  *
  * An instruction set defines, before it includes `vector_loops.h`:
- *   vec                  16 floats; vec_load, vec_load_bf16, vec_store, vec_broadcast, vec_add, vec_mul,
+ *   vec                  16 floats; vec_load, vec_load_bf16, vec_load_fp16, vec_store, vec_broadcast, vec_add, vec_mul,
  *                        vec_fma(a, b, c) = a * b + c
  *   vec_greater(a, b)    a where it is greater, else b, so also where one is NaN
  *   vec_sum              of all lanes: j and j + 8, then 4, 2, 1; vec_sums: those of four vectors

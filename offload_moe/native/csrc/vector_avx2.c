@@ -14,6 +14,8 @@ OM_INLINE __m256 widen_bf16(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
 OM_INLINE vec vec_load_bf16(const uint16_t *p) { return (vec){widen_bf16(p), widen_bf16(p + 8)}; }
+OM_INLINE __m256 widen_fp16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+OM_INLINE vec vec_load_fp16(const uint16_t *p) { return (vec){widen_fp16(p), widen_fp16(p + 8)}; }
 OM_INLINE void vec_store(float *p, vec v) { _mm256_storeu_ps(p, v.low), _mm256_storeu_ps(p + 8, v.high); }
 OM_INLINE vec vec_broadcast(float value) { return (vec){_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
 OM_INLINE vec vec_add(vec a, vec b) { return (vec){_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }

@@ -13,6 +13,7 @@ OM_INLINE vec vec_load(const float *p) { return _mm512_loadu_ps(p); }
 OM_INLINE vec vec_load_bf16(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
+OM_INLINE vec vec_load_fp16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 OM_INLINE void vec_store(float *p, vec v) { _mm512_storeu_ps(p, v); }
 OM_INLINE vec vec_broadcast(float value) { return _mm512_set1_ps(value); }
 OM_INLINE vec vec_add(vec a, vec b) { return _mm512_add_ps(a, b); }

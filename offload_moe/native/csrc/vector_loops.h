@@ -1,6 +1,6 @@
 /* What a set of vectors computes; included once per instruction set, after its primitives. */
 
-/* Rows of bf16 or fp32. */
+/* Rows of bf16 or fp32; of fp16 as of bf16. */
 OM_INLINE const void *row_at(const int is_bf16, const void *rows, int64_t at) {
     return (const char *)rows + at * (is_bf16 ? 2 : 4);
 }
@@ -18,5 +18,5 @@ OM_INLINE void prefetch_rows(const void *rows, int64_t num_bytes) {
 #include "value_rows.h"
 #include "delta.h"
 
-#define OM_VECTOR_TABLE {{bf16_rows, fp32_rows}, attend, merge_sections, dot, rms_norm, layer_norm, exponentials, sigmoids, \
+#define OM_VECTOR_TABLE {{bf16_rows, fp32_rows, fp16_rows}, attend, merge_sections, dot, rms_norm, layer_norm, exponentials, sigmoids, \
                          delta_heads}

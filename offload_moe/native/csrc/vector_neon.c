@@ -15,6 +15,10 @@ OM_INLINE float32x4_t widen_bf16(uint16x4_t bits) { return vreinterpretq_f32_u32
 OM_INLINE vec vec_load_bf16(const uint16_t *p) {
     return (vec){{widen_bf16(vld1_u16(p)), widen_bf16(vld1_u16(p + 4)), widen_bf16(vld1_u16(p + 8)), widen_bf16(vld1_u16(p + 12))}};
 }
+OM_INLINE float32x4_t widen_fp16(uint16x4_t bits) { return vcvt_f32_f16(vreinterpret_f16_u16(bits)); }
+OM_INLINE vec vec_load_fp16(const uint16_t *p) {
+    return (vec){{widen_fp16(vld1_u16(p)), widen_fp16(vld1_u16(p + 4)), widen_fp16(vld1_u16(p + 8)), widen_fp16(vld1_u16(p + 12))}};
+}
 OM_INLINE void vec_store(float *p, vec v) { OM_UNROLL OM_EACH_PART vst1q_f32(p + 4 * n, v.part[n]); }
 OM_INLINE vec vec_broadcast(float value) {
     const float32x4_t part = vdupq_n_f32(value);

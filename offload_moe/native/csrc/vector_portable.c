@@ -17,6 +17,11 @@ OM_INLINE vec vec_load_bf16(const uint16_t *p) {
     OM_EACH_LANE v.lane[j] = om_bf16_to_float(p[j]);
     return v;
 }
+OM_INLINE vec vec_load_fp16(const uint16_t *p) {
+    vec v;
+    OM_EACH_LANE v.lane[j] = om_fp16_to_float(p[j]);
+    return v;
+}
 OM_INLINE void vec_store(float *p, vec v) { __builtin_memcpy(p, &v, sizeof v); }
 OM_INLINE vec vec_broadcast(float value) {
     vec v;

@@ -26,7 +26,7 @@ typedef struct {
 } om_delta_states;
 
 struct om_vector_set {
-    om_rows_fn value_rows[2]; /* of a matrix in bf16 and in fp32 */
+    om_rows_fn value_rows[OM_NUM_VALUE_CODECS]; /* of a matrix in bf16, fp32 and fp16 */
     /* One section. q [num_queries, dim + more_dim]; a query sees the first counts[query] rows, which are no fewer than the query
      * before it sees. Results of two queries are `stride` sections apart: `sections`, and `sums` of the values weighed by
      * exponentials. room: for num_queries * OM_SECTION floats. */

@@ -58,7 +58,7 @@ OM_EXPORT void multiply(const void *rows, int is_bf16, int64_t first_row, int64_
     const om_tile tile = {.values = {x}, .num_tokens = 1};
     float results[OM_TILE];
     for (int64_t r = 0; r < num_rows; r++) {
-        value_rows(is_bf16, &weights, first_row + r, 1, &tile, results);
+        value_rows(is_bf16 ? OM_BF16 : OM_FP32, &weights, first_row + r, 1, &tile, results);
         out[r] = results[0];
     }
 }
