@@ -68,6 +68,7 @@ def config_of(path: Path, metadata: Metadata, shapes: Mapping[str, tuple[int, ..
         )
     config: dict[str, Any] = {name: reader.number(key) for name, key in _COMMON.items()}
     config |= {name: reader.number(key) for name, key in _OPTIONAL.items() if reader.get(key) is not None}
+    config["num_hidden_layers"] -= reader.get("nextn_predict_layers") or 0
     config["vocab_size"] = _vocabulary(path, shapes)
     config["tie_word_embeddings"] = "output.weight" not in shapes
     config["dtype"] = "bfloat16"
@@ -190,7 +191,6 @@ def _glm4_moe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
     return {
         "model_type": "glm4_moe",
         "architectures": ["Glm4MoeForCausalLM"],
-        "num_hidden_layers": reader.number("block_count") - (reader.get("nextn_predict_layers") or 0),
         **_beside_shared_experts(reader),
         "n_group": reader.get("expert_group_count") or 1,
         "topk_group": reader.get("expert_group_used_count") or 1,

@@ -99,7 +99,10 @@ _ARCHITECTURE_OF = {
     "ernie4_5_moe": "ernie4_5-moe",
     "lfm2_moe": "lfm2moe",
 }
+# Of the layer for multi-token prediction, beside what every layer has.
+_NEXTN = {"shared_head_norm": "shared_head.norm", "shared_head_head": "shared_head.head"}
 _UNUSED = re.compile(r"rope_freqs\.weight")
+_IN_NEXTN = re.compile(r"blk\.(\d+)\.nextn\.(\w+)\.weight")
 _BLOCK = re.compile(r"blk\.(\d+)\.([\w.]+)\.(weight|bias)")
 
 
@@ -112,6 +115,8 @@ def transformers_name(name: str, architecture: str) -> str | None:
     """The name in transformers; an unknown name is returned unchanged, and None stands for an unneeded tensor."""
     if _UNUSED.fullmatch(name):
         return None
+    if (own := _IN_NEXTN.fullmatch(name)) is not None:
+        return f"model.layers.{own[1]}.{_NEXTN.get(own[2], own[2])}.weight"
     stem, _, kind = name.rpartition(".")
     if (whole := (_WHOLE | _WHOLE_OF.get(architecture, {})).get(stem)) is not None:
         return f"{whole}.{kind}"

@@ -19,6 +19,10 @@ from offload_moe.quant.gguf import TYPES, GgufCodec, gguf_codec
 from offload_moe.quant.layout import ExpertShape, weight_shape
 
 LOSSLESS = Bf16Codec()
+MTP_LEFT_OUT = (
+    "The layer for multi-token prediction of the GGUF file is left out where types are kept; `offload-moe quantize` "
+    "with a --codec keeps it. Answers are the same without it."
+)
 Stored = GgufTensor | GgufExperts
 
 
@@ -72,6 +76,11 @@ class GgufRecords:
         self.checkpoint = checkpoint
         self._stored, self._parts = checkpoint.gguf.stored, checkpoint.gguf.parts
         self.layers = tuple(self._layer(layer) for layer in checkpoint.layers)
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """For the user, about what is left out."""
+        return (*self.checkpoint.notices, *((MTP_LEFT_OUT,) if self.checkpoint.mtp is not None else ()))
 
     @cached_property
     def lookup_name(self) -> str:

@@ -10,6 +10,7 @@ from offload_moe.checkpoint.adapter import Adapter
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.download import Download
 from offload_moe.checkpoint.formats import is_mxfp4
+from offload_moe.checkpoint.gguf_records import MTP_LEFT_OUT
 from offload_moe.checkpoint.small_files import SmallFiles, read_small_files
 from offload_moe.checkpoint.source import Source, open_download, resolve_source
 from offload_moe.convert.choose_weighing import WeighingOptions
@@ -110,6 +111,8 @@ def quantize(
         weighing = options.open(checkpoint, codec, dense_codec, target, progress, on_notice)
         if keeps_bits:
             files, jobs = plan_same_bits(checkpoint)
+            if checkpoint.mtp is not None:
+                on_notice(MTP_LEFT_OUT)
             dense_codec = GGUF
         else:
             experts_codec = get_codec(codec)

@@ -148,7 +148,7 @@ def _open_store(source: str | Path, options: LoadOptions, progress: Progress) ->
     )
     store = Store.open(path)
     store.read_ahead()
-    return store, notices
+    return store, [*notices, *store.notices]
 
 
 def _speculate(model: Model, options: LoadOptions, draft: DraftFiles | None) -> None:

@@ -31,6 +31,7 @@ class InPlaceStore(Store):
     def __init__(self, folder: Path, source: str, paths: Sequence[Path]) -> None:
         """Find everything in the files. Raises: CheckpointError, UnsupportedModelError when they cannot be used so."""
         self._records = GgufRecords(Checkpoint(folder, gguf=tuple(paths)))
+        self.notices = self._records.notices
         files = tuple(
             DataFile(name=str(path), num_bytes=path.stat().st_size, checksum=0, order="rows") for path in paths
         )

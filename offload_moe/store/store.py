@@ -81,6 +81,7 @@ class Store:
     """
 
     open_view: ClassVar[Callable[[Path], "Store"]]
+    notices: tuple[str, ...] = ()  # for the user
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -144,6 +145,24 @@ def test_dense_matrices_in_f16_stay_in_16_bits(tmp_path: Path) -> None:
         attention = model.hf.model.layers[0].self_attn
         assert attention.q_proj.codec.name == "gguf:F16"
         assert attention.q_proj.record.numel() == 2 * 256 * 256
+
+
+@pytest.mark.parametrize(("family", "architecture"), [("glm4_moe", "glm4moe"), ("deepseek_v3", "deepseek2")])
+def test_a_layer_for_multi_token_prediction(family: str, architecture: str, tmp_path: Path) -> None:
+    """It is no layer of the model. Where types are kept it is left out with a notice; other stores keep it."""
+    shapes = {"enorm": (256,), "hnorm": (256,), "shared_head_norm": (256,), "eh_proj": (256, 512)}
+    random = np.random.default_rng(0)
+    more = {f"blk.3.nextn.{name}.weight": random.normal(0, 0.1, shape).astype("f4") for name, shape in shapes.items()}
+    metadata = {f"{architecture}.nextn_predict_layers": 1}
+    written = write_model(tmp_path / "model", family, num_hidden_layers=4, metadata=metadata, more=more)
+    with load(written.path, exact=True) as model, torch.no_grad():
+        del written.hf.model.layers[3]
+        assert errors_of(model.hf(IDS).logits, written.hf(IDS).logits).max() < 1e-5
+        assert any("multi-token prediction of the GGUF file is left out" in notice for notice in model.notices)
+    store = Store.open(quantize(written.path, tmp_path / "store", codec="int8"))
+    assert store.mtp is not None
+    found = store.mtp.read_dense("eh_proj.weight")
+    assert np.array_equal(found.float().numpy(), more["blk.3.nextn.eh_proj.weight"])
 
 
 def test_any_part_stands_for_the_whole_file(tmp_path: Path) -> None:

@@ -141,12 +141,13 @@ def write_model(
     is_latent_split: bool = True,
     architecture: str | None = None,
     metadata: Mapping[str, Any] | None = None,
+    more: Mapping[str, np.ndarray] | None = None,
     **settings: Any,
 ) -> GgufModel:
     """A model of random blocks. kinds: of tensors whose name has this as its last part but one, in place of `kind`.
 
     without: a tensor that is left out. is_latent_split: see `write_gguf`. architecture: in place of the family's.
-    metadata: keys that differ. settings: of the config.
+    metadata: keys that differ. more: tensors that are no part of the model. settings: of the config.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = AutoConfig.for_model(family, **(COMMON | SETTINGS[family] | settings))
@@ -170,6 +171,8 @@ def write_model(
             if part != without:
                 writer.add_tensor(part, data, raw_dtype=Kind[chosen])
         value.copy_(_as_transformers(name, decoded, config))
+    for name, data in (more or {}).items():
+        writer.add_tensor(name, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
