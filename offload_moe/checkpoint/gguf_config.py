@@ -133,6 +133,42 @@ def _qwen3_moe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     }
 
 
+def _qwen3_next(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3_next",
+        "architectures": ["Qwen3NextForCausalLM"],
+        "norm_topk_prob": True,
+        **_beside_delta_rules(reader, shapes),
+    }
+
+
+def _qwen3_5_moe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Texts alone, whose three positions are equal."""
+    config = _beside_delta_rules(reader, shapes)
+    sections = reader.get("rope.dimension_sections") or [11, 11, 10]
+    config["rope_parameters"] |= {"mrope_section": sections[:3], "mrope_interleaved": True}
+    return {"model_type": "qwen3_5_moe_text", "architectures": ["Qwen3_5MoeForCausalLM"], **config}
+
+
+def _beside_delta_rules(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    num_layers = reader.number("block_count") - (reader.get("nextn_predict_layers") or 0)
+    is_linear = [f"blk.{block}.ssm_conv1d.weight" in shapes for block in range(num_layers)]
+    turned = reader.number("rope.dimension_count") / reader.number("attention.key_length")
+    num_values = reader.number("ssm.time_step_rank")
+    return {
+        "num_experts": reader.number("expert_count"),
+        "moe_intermediate_size": reader.number("expert_feed_forward_length"),
+        "shared_expert_intermediate_size": reader.number("expert_shared_feed_forward_length"),
+        "layer_types": ["linear_attention" if linear else "full_attention" for linear in is_linear],
+        "linear_conv_kernel_dim": reader.number("ssm.conv_kernel"),
+        "linear_key_head_dim": reader.number("ssm.state_size"),
+        "linear_num_key_heads": reader.number("ssm.group_count"),
+        "linear_num_value_heads": num_values,
+        "linear_value_head_dim": reader.number("ssm.inner_size") // num_values,
+        "rope_parameters": _rope(reader) | {"partial_rotary_factor": turned},
+    }
+
+
 def _olmoe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     clip = reader.get("attention.clamp_kqv")
     return {
@@ -308,6 +344,8 @@ CONFIGS: Mapping[str, Callable[[Reader, Mapping[str, tuple[int, ...]]], dict[str
     "qwen2moe": _qwen2_moe,
     "qwen3moe": _qwen3_moe,
     "qwen3vlmoe": _qwen3_moe,  # texts alone, whose three positions are equal
+    "qwen3next": _qwen3_next,
+    "qwen35moe": _qwen3_5_moe,
     "olmoe": _olmoe,
     "deepseek2": _deepseek,
     "glm4moe": _glm4_moe,

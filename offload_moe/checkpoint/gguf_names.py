@@ -83,6 +83,8 @@ _IN_BLOCK_OF = {
         "ffn_up_shexp": "mlp.shared_mlp.up_proj",
         "ffn_down_shexp": "mlp.shared_mlp.down_proj",
     },
+    "qwen3next": {"post_attention_norm": "post_attention_layernorm"},
+    "qwen35moe": {"post_attention_norm": "post_attention_layernorm"},
     "gpt-oss": {
         "post_attention_norm": "post_attention_layernorm",
         "attn_sinks": "self_attn.sinks",
@@ -98,11 +100,21 @@ _ARCHITECTURE_OF = {
     "hunyuan_v1_moe": "hunyuan-moe",
     "ernie4_5_moe": "ernie4_5-moe",
     "lfm2_moe": "lfm2moe",
+    "qwen3_next": "qwen3next",
+    "qwen3_5_moe_text": "qwen35moe",
+    "qwen3_5_moe": "qwen35moe",
 }
 # Of the layer for multi-token prediction, beside what every layer has.
 _NEXTN = {"shared_head_norm": "shared_head.norm", "shared_head_head": "shared_head.head"}
+_APART = {
+    "eh_proj": "fc",
+    "enorm": "pre_fc_norm_embedding",
+    "hnorm": "pre_fc_norm_hidden",
+    "shared_head.norm": "norm",
+}  # where the checkpoint has that layer as a small model of its own
 _UNUSED = re.compile(r"rope_freqs\.weight")
 _IN_NEXTN = re.compile(r"blk\.(\d+)\.nextn\.(\w+)\.weight")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+?)(\.weight)?")
 _BLOCK = re.compile(r"blk\.(\d+)\.([\w.]+)\.(weight|bias)")
 
 
@@ -128,6 +140,15 @@ def transformers_name(name: str, architecture: str) -> str | None:
         return name
     inside = known[match[2]]
     return f"model.layers.{match[1]}.{inside}{_ending(inside, match[3])}"
+
+
+def with_mtp_apart(name: str, architecture: str, num_layers: int) -> str:
+    """The name of a tensor behind the model's layers as Qwen3.5 has it; other names are returned unchanged."""
+    match = _LAYER.fullmatch(name)
+    if architecture != "qwen35moe" or match is None or int(match[1]) < num_layers:
+        return name
+    inside = _APART.get(match[2]) or f"layers.{int(match[1]) - num_layers}.{match[2]}"
+    return f"mtp.{inside}{match[3] or ''}"
 
 
 def _ending(inside: str, kind: str) -> str:

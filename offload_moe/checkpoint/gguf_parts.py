@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload_moe.checkpoint import gguf_delta
 from offload_moe.checkpoint.gguf_experts import GgufExperts
 from offload_moe.checkpoint.gguf_file import GgufTensor
-from offload_moe.checkpoint.gguf_names import PERMUTED, fused_experts, split_latent, transformers_name
+from offload_moe.checkpoint.gguf_names import PERMUTED, fused_experts, split_latent, transformers_name, with_mtp_apart
 from offload_moe.checkpoint.mxfp4 import BLOCKS, SCALES
 from offload_moe.errors import CheckpointError
+from offload_moe.quant.gguf import TYPES
 
 GPT_OSS = "gpt-oss"
 OF_ONE_ROW = ("mlp.shared_expert_gate.weight", "moe_statics.e_score_correction_bias")
@@ -27,12 +29,14 @@ class GgufPart:
     """Tensors that are one in transformers. join: joins the same rows of each, or all rows of each if `is_whole`.
 
     is_raw: the tensors' bytes are used unchanged, uint8 ``[..., bytes of a row]``.
+    moves_rows: `join` changes the order of rows alone, or of whole blocks in them, so it can have their bytes.
     """
 
     tensors: tuple[Stored, ...]
     join: Callable[..., Tensor]
     is_whole: bool = False
     is_raw: bool = False
+    moves_rows: bool = False
 
     def rows(self, start: int, stop: int) -> Tensor:
         if self.is_raw:
@@ -43,9 +47,9 @@ class GgufPart:
 
     @property
     def keeps_rows(self) -> bool:
-        """Whether it is one tensor with the same rows, possibly in another order, so that its bytes can be joined."""
-        function = self.join.func if isinstance(self.join, partial) else self.join
-        return len(self.tensors) == 1 and function in (_same, _halves) and len(self.tensors[0].shape) == 2
+        """Whether it has the bytes of the tensors' rows, of one type and possibly in another order."""
+        is_one_kind = len({tensor.kind for tensor in self.tensors}) == 1
+        return self.moves_rows and is_one_kind and all(len(tensor.shape) == 2 for tensor in self.tensors)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,6 +72,12 @@ def parts(found: Mapping[str, Stored], architecture: str, config: Mapping[str, A
 
     Raises: CheckpointError when a half is missing, or heads do not fit.
     """
+    num_layers = config.get("text_config", config).get("num_hidden_layers", 0)
+    for name, part in _parts(found, architecture, config):
+        yield with_mtp_apart(name, architecture, num_layers), part
+
+
+def _parts(found: Mapping[str, Stored], architecture: str, config: Mapping[str, Any]) -> Iterator[tuple[str, GgufPart]]:
     is_gpt_oss = architecture == GPT_OSS
     for name, tensor in found.items():
         if ".ffn_up_exps." in name or ".attn_v_b." in name:
@@ -76,7 +86,9 @@ def parts(found: Mapping[str, Stored], architecture: str, config: Mapping[str, A
         if both := fused_experts(name, architecture) or split_latent(name):
             pair = (tensor, _half(found, tensor, both[0]))
             yield from _pair(both[1], pair, is_gpt_oss)
-        elif (known := transformers_name(name, architecture)) is None:
+        elif (delta := _delta_part(name, tensor, found, architecture, config)) is not None:
+            yield delta
+        elif (known := transformers_name(name, architecture)) is None or gguf_delta.is_second(name, architecture):
             continue
         elif is_gpt_oss and ".ffn_down_exps.weight" in name:
             yield from _gpt_oss_experts(known, (tensor,))
@@ -84,8 +96,28 @@ def parts(found: Mapping[str, Stored], architecture: str, config: Mapping[str, A
             yield known, GgufPart(tensors=(tensor,), join=_one_row, is_whole=True)
         elif known.endswith(".conv.conv.weight"):
             yield known, GgufPart(tensors=(tensor,), join=_of_one_channel, is_whole=True)
+        elif architecture in gguf_delta.ARCHITECTURES and known.endswith("norm.weight"):
+            yield known, GgufPart(tensors=(tensor,), join=gguf_delta.less_one)
         else:
             yield known, _permuted(known, tensor, architecture, config)
+
+
+def _delta_part(
+    name: str, tensor: Stored, found: Mapping[str, Stored], architecture: str, config: Mapping[str, Any]
+) -> tuple[str, GgufPart] | None:
+    """A tensor of a gated delta rule; None for others."""
+    if architecture not in gguf_delta.ARCHITECTURES:
+        return None
+    made = gguf_delta.delta_part(name, architecture, config)
+    if made is None:
+        return None
+    tensors = (tensor,) if made.beside is None else (tensor, _half(found, tensor, made.beside))
+    moves_blocks = (
+        made.columns_moved is not None and tensor.kind in TYPES and TYPES[tensor.kind].takes(made.columns_moved)
+    )
+    return made.name, GgufPart(
+        tensors=tensors, join=made.join, is_whole=True, moves_rows=made.moves_rows or moves_blocks
+    )
 
 
 def _half(tensors: Mapping[str, Stored], first: Stored, name: str) -> Stored:
@@ -123,12 +155,12 @@ def _gpt_oss_experts(name: str, tensors: tuple[Stored, ...]) -> Iterator[tuple[s
 def _permuted(name: str, tensor: Stored, architecture: str, config: Mapping[str, Any]) -> GgufPart:
     is_key = name.endswith("self_attn.k_proj.weight")
     if architecture not in PERMUTED or not (is_key or name.endswith("self_attn.q_proj.weight")):
-        return GgufPart(tensors=(tensor,), join=_same)
+        return GgufPart(tensors=(tensor,), join=_same, moves_rows=True)
     num_heads = config.get("num_key_value_heads" if is_key else "num_attention_heads")
     rows = tensor.shape[0]
     if type(num_heads) is not int or num_heads <= 0 or rows % (2 * num_heads):
         raise CheckpointError(f"{tensor.path}: {name} has {rows} rows, config.json says {num_heads} heads.")
-    return GgufPart(tensors=(tensor,), join=partial(_halves, num_heads), is_whole=True)
+    return GgufPart(tensors=(tensor,), join=partial(_halves, num_heads), is_whole=True, moves_rows=True)
 
 
 def _same(tensor: Tensor) -> Tensor:

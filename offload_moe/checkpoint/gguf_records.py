@@ -105,7 +105,7 @@ class GgufRecords:
         """The record of a dense matrix in rows, uint8. Only of those that have a codec."""
         codec, part = self._dense_codecs[name], self._parts[name]
         shape = weight_shape(*part.shape())
-        raw = part.join(part.tensors[0].raw(0, part.tensors[0].shape[0]))
+        raw = part.join(*(tensor.raw(0, tensor.shape[0]) for tensor in part.tensors))
         return codec.encode(shape, {"weight.codes": raw})
 
     @cached_property

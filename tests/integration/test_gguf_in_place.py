@@ -122,6 +122,19 @@ def test_experts_in_mxfp4_with_biases(tmp_path: Path) -> None:
     assert torch.equal(logits_of(store), found)
 
 
+def test_gated_delta_rules_keep_their_types(tmp_path: Path) -> None:
+    """Rows that change places, and heads of columns whose blocks do: bytes are moved, nothing is rounded."""
+    written = write_model(tmp_path, "qwen3_5_moe_text", "Q8_0", {"attn_gate": "Q4_K"})
+    with load(written.path, exact=True) as model, torch.no_grad():
+        rule = model.hf.model.layers[0].linear_attn
+        kinds = [rule.in_proj_qkv, rule.in_proj_z, rule.in_proj_a, rule.out_proj]
+        assert [linear.codec.name for linear in kinds] == ["gguf:Q8_0", "gguf:Q4_K", "gguf:Q8_0", "gguf:Q8_0"]
+        assert errors_of(model.hf(IDS).logits, written.hf(IDS).logits).max() < 1e-5
+    written = write_model(tmp_path / "mixed", "qwen3_next", "Q8_0", {"attn_gate": "Q4_K"})
+    with load(written.path, exact=True) as model:
+        assert isinstance(model.hf.model.layers[0].linear_attn.in_proj_qkvz, torch.nn.Linear)  # of two types
+
+
 def test_experts_in_numbers_beside_quantized_ones(tmp_path: Path) -> None:
     """Where they lie and in a store, of widths that no quantized type takes, and with biases."""
     written = write_model(tmp_path / "narrow", "qwen3_moe", "F16", {"ffn_up_exps": "F32"}, moe_intermediate_size=96)
@@ -147,19 +160,25 @@ def test_dense_matrices_in_f16_stay_in_16_bits(tmp_path: Path) -> None:
         assert attention.q_proj.record.numel() == 2 * 256 * 256
 
 
-@pytest.mark.parametrize(("family", "architecture"), [("glm4_moe", "glm4moe"), ("deepseek_v3", "deepseek2")])
+@pytest.mark.parametrize(
+    ("family", "architecture"),
+    [("glm4_moe", "glm4moe"), ("deepseek_v3", "deepseek2"), ("qwen3_5_moe_text", "qwen35moe")],
+)
 def test_a_layer_for_multi_token_prediction(family: str, architecture: str, tmp_path: Path) -> None:
     """It is no layer of the model. Where types are kept it is left out with a notice; other stores keep it."""
     shapes = {"enorm": (256,), "hnorm": (256,), "shared_head_norm": (256,), "eh_proj": (256, 512)}
     random = np.random.default_rng(0)
     more = {f"blk.3.nextn.{name}.weight": random.normal(0, 0.1, shape).astype("f4") for name, shape in shapes.items()}
     metadata = {f"{architecture}.nextn_predict_layers": 1}
-    written = write_model(tmp_path / "model", family, num_hidden_layers=4, metadata=metadata, more=more)
+    settings = {"layer_types": ["linear_attention", "full_attention"] * 2} if "qwen" in family else {}
+    written = write_model(tmp_path / "model", family, num_hidden_layers=4, metadata=metadata, more=more, **settings)
     with load(written.path, exact=True) as model, torch.no_grad():
         del written.hf.model.layers[3]
-        assert errors_of(model.hf(IDS).logits, written.hf(IDS).logits).max() < 1e-5
+        expected = written.hf(IDS).logits
+        assert errors_of(model.hf(IDS).logits, expected).max() < 1e-5
         assert any("multi-token prediction of the GGUF file is left out" in notice for notice in model.notices)
     store = Store.open(quantize(written.path, tmp_path / "store", codec="int8"))
+    assert errors_of(logits_of(store.path), expected).median() < 2.5 * ROUNDED  # another rounding
     assert store.mtp is not None
     found = store.mtp.read_dense("eh_proj.weight")
     assert np.array_equal(found.float().numpy(), more["blk.3.nextn.eh_proj.weight"])

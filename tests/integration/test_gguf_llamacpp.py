@@ -27,7 +27,7 @@ PROMPTS = [IDS, IDS[:5], IDS[::-1], IDS[4:], IDS[::2]]
 # another expert, everything behind it differs.
 FAR, LEAST = 0.08, 2
 # In a process of its own, since llama.cpp ends it where it fails. A token that ends within a character gives no
-# probabilities, so another one is drawn.
+# probabilities, so another one is drawn, of a flatter distribution; the probabilities are those of the logits.
 SCRIPT = """
 import json, sys
 import xllamacpp
@@ -35,11 +35,11 @@ params = xllamacpp.CommonParams()
 params.model.path = sys.argv[1]
 params.n_parallel, params.n_ctx, params.warmup, params.cpuparams.n_threads = 1, 512, False, 1
 server = xllamacpp.Server(params)
-settings = {"max_tokens": 1, "logprobs": int(sys.argv[3]), "temperature": 1.0, "cache_prompt": False}
+settings = {"max_tokens": 1, "logprobs": int(sys.argv[3]), "cache_prompt": False, "samplers": ["temperature"]}
 results = []
 for ids in json.loads(sys.argv[2]):
     for seed in range(50):
-        answer = server.handle_completions(settings | {"prompt": ids, "seed": seed})
+        answer = server.handle_completions(settings | {"prompt": ids, "seed": seed, "temperature": 1.0 + seed})
         answer = json.loads(answer) if isinstance(answer, str) else answer
         if found := answer["choices"][0]["logprobs"]:
             break

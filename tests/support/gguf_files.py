@@ -28,8 +28,11 @@ ARCHITECTURES = {
     "hunyuan_v1_moe": "hunyuan-moe",
     "ernie4_5_moe": "ernie4_5-moe",
     "lfm2_moe": "lfm2moe",
+    "qwen3_next": "qwen3next",
+    "qwen3_5_moe_text": "qwen35moe",
 }
 PERMUTED = ("mixtral", "granitemoe")
+OF_DELTA_RULES = ("qwen3_next", "qwen3_5_moe_text")  # test_gguf_in_place.py has those, which change values
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -153,6 +156,8 @@ def as_llama_cpp(
         return [(f"blk.{block}.attn_{half}.weight", part.contiguous()) for half, part in halves.items()]
     if name.endswith(("e_score_correction_bias", "expert_bias")):
         return [(f"blk.{block}.exp_probs_b.bias", value.flatten())]
+    if ".linear_attn." in name:
+        return as_delta_rule(name, value, config)
     if name.endswith("sinks"):
         return [(f"blk.{block}.attn_sinks.weight", value)]
     stem, kind = name.rsplit(".", 1)
@@ -165,6 +170,42 @@ def as_llama_cpp(
         value = value[:, 0]
     found = names.get_name(stem) or names.get_name(f"{stem}.layer")  # as Granite's files have its router
     return [(f"{found}.{kind}", value.contiguous())]
+
+
+def as_delta_rule(name: str, value: Tensor, config: Any) -> list[tuple[str, Tensor]]:
+    """As `Qwen3NextModel` and `_LinearAttentionVReorderBase` of conversion/qwen.py change it, values included."""
+    inside, block = name.partition(".linear_attn.")[2], f"blk.{name.split('.')[2]}."
+    num_keys, num_values = config.linear_num_key_heads, config.linear_num_value_heads
+    key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+    shared = num_values // num_keys
+
+    def tiled(rows: Tensor, size: int) -> Tensor:
+        if config.model_type == "qwen3_next":
+            return rows
+        return rows.reshape(num_keys, shared, size, -1).transpose(0, 1).reshape(rows.shape)
+
+    def tiled_behind_keys(rows: Tensor) -> Tensor:
+        keys = 2 * num_keys * key_dim
+        return torch.cat([rows[:keys], tiled(rows[keys:], value_dim)])
+
+    if inside == "in_proj_qkvz.weight":
+        sizes = [key_dim, key_dim, shared * value_dim, shared * value_dim]
+        *mixed, gates = (part.flatten(0, 1) for part in value.unflatten(0, (num_keys, -1)).split(sizes, dim=1))
+        return [(f"{block}attn_qkv.weight", torch.cat(mixed)), (f"{block}attn_gate.weight", gates.contiguous())]
+    changes = {
+        "in_proj_ba.weight": ("ssm_ba.weight", lambda rows: rows),
+        "in_proj_qkv.weight": ("attn_qkv.weight", tiled_behind_keys),
+        "in_proj_z.weight": ("attn_gate.weight", lambda rows: tiled(rows, value_dim)),
+        "in_proj_b.weight": ("ssm_beta.weight", lambda rows: tiled(rows, 1)),
+        "in_proj_a.weight": ("ssm_alpha.weight", lambda rows: tiled(rows, 1)),
+        "out_proj.weight": ("ssm_out.weight", lambda matrix: tiled(matrix.T, value_dim).T),
+        "conv1d.weight": ("ssm_conv1d.weight", lambda kernels: tiled_behind_keys(kernels[:, 0])),
+        "norm.weight": ("ssm_norm.weight", lambda weight: weight),
+        "dt_bias": ("ssm_dt.bias", lambda bias: tiled(bias, 1)),
+        "A_log": ("ssm_a", lambda logarithm: -tiled(logarithm, 1).exp()),
+    }
+    stored_as, change = changes[inside]
+    return [(block + stored_as, change(value).contiguous())]
 
 
 def _experts(parameter: str, value: Tensor, config: Any) -> list[tuple[str, Tensor]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from tests.support.gguf_files import ARCHITECTURES, PERMUTED, as_llama_cpp
+from tests.support.gguf_files import ARCHITECTURES, OF_DELTA_RULES, PERMUTED, as_delta_rule, as_llama_cpp
 from tests.support.gguf_records import HALVES
 
 Kind = gguf.GGMLQuantizationType
@@ -52,6 +52,23 @@ LATENT: dict[str, Any] = SHARED | {
     "v_head_dim": 64,
     "num_key_value_heads": 4,
     "head_dim": 32,
+}
+DELTA: dict[str, Any] = {
+    "num_experts": 4,
+    "moe_intermediate_size": 256,
+    "shared_expert_intermediate_size": 256,
+    "head_dim": 64,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [6, 5, 5],
+    },
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
@@ -101,6 +118,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "layer_types": ["conv", "full_attention", "conv"],
         "tie_word_embeddings": True,
     },
+    "qwen3_next": DELTA,
+    "qwen3_5_moe_text": DELTA,
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 64},
     "ernie4_5_moe": {
         "moe_num_experts": 4,
@@ -168,9 +187,13 @@ def write_model(
         for part, rows in stored:
             chosen = _kind_of(part, rows, kind, kept)
             data, decoded[part] = _random(rows, chosen, number)
+            if part.endswith("ssm_a"):  # decays
+                data, decoded[part] = -data, -decoded[part]
             if part != without:
                 writer.add_tensor(part, data, raw_dtype=Kind[chosen])
         value.copy_(_as_transformers(name, decoded, config))
+        if family == "qwen3_5_moe_text" and name.endswith("out_proj.weight") and chosen.endswith("_K"):
+            value.copy_(value.bfloat16())  # of other columns than its blocks have: read as numbers
     for name, data in (more or {}).items():
         writer.add_tensor(name, data)
     writer.write_header_to_file()
@@ -181,7 +204,7 @@ def write_model(
 
 
 def _kind_of(name: str, rows: Tensor, kind: str, kinds: Mapping[str, str]) -> str:
-    if rows.dim() == 1 or name.endswith("bias") or any(word in name for word in ("gate_inp", "shortconv.conv.")):
+    if rows.dim() == 1 or name.endswith("bias") or any(word in name for word in ("gate_inp", "conv.conv.", "ssm_conv")):
         return "F32"
     return kinds.get(name.split(".")[-2], kind)
 
@@ -212,6 +235,10 @@ def _random(rows: Tensor, kind: str, seed: int) -> tuple[np.ndarray, Tensor]:
 def _as_transformers(name: str, parts: Mapping[str, Tensor], config: Any) -> Tensor:
     """The inverse of `as_llama_cpp`."""
     values = list(parts.values())
+    if ".linear_attn." in name:
+        return _as_delta_rule(name, parts, config)
+    if config.model_type in OF_DELTA_RULES and name.endswith("norm.weight"):
+        return values[0] - 1
     if name.endswith("kv_b_proj.weight") and len(values) == 2:
         keys, latents = values
         whole = torch.cat([keys.transpose(1, 2), latents], dim=1).flatten(0, 1)
@@ -230,13 +257,28 @@ def _as_transformers(name: str, parts: Mapping[str, Tensor], config: Any) -> Ten
     return value[None] if name.endswith(("shared_expert_gate.weight", "moe_statics.e_score_correction_bias")) else value
 
 
+def _as_delta_rule(name: str, parts: Mapping[str, Tensor], config: Any) -> Tensor:
+    """The inverse of `as_delta_rule`, by where it moves numbers."""
+    whole = torch.cat(list(parts.values()))
+    if name.endswith("A_log"):
+        whole = (-whole).log()
+    shape = (len(whole), 1, *whole.shape[1:]) if name.endswith("conv1d.weight") else tuple(whole.shape)
+    numbers = torch.arange(1, whole.numel() + 1, dtype=torch.float64).view(shape)
+    if name.endswith("A_log"):
+        numbers = numbers.log()
+    moved = torch.cat([part for _, part in as_delta_rule(name, numbers, config)]).abs().round().long() - 1
+    value = torch.empty(whole.numel())
+    value[moved.flatten()] = whole.flatten()
+    return value.view(shape)
+
+
 def _add_metadata(writer: gguf.GGUFWriter, config: Any, changes: Mapping[str, Any]) -> None:
     architecture = writer.arch
     keys: dict[str, Any] = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
+        "feed_forward_length": getattr(config, "intermediate_size", 256),
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None) or config.norm_eps,
@@ -304,6 +346,22 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Any, changes: Mapping[str, An
             "residual_scale": config.residual_multiplier,
             "logit_scale": config.logits_scaling,
         }
+    if config.model_type in OF_DELTA_RULES:
+        keys |= {
+            "attention.key_length": config.head_dim,
+            "attention.value_length": config.head_dim,
+            "rope.dimension_count": config.head_dim // 2,
+            "expert_feed_forward_length": config.moe_intermediate_size,
+            "expert_shared_feed_forward_length": config.shared_expert_intermediate_size,
+            "full_attention_interval": 2,
+            "ssm.conv_kernel": config.linear_conv_kernel_dim,
+            "ssm.state_size": config.linear_key_head_dim,
+            "ssm.group_count": config.linear_num_key_heads,
+            "ssm.time_step_rank": config.linear_num_value_heads,
+            "ssm.inner_size": config.linear_num_value_heads * config.linear_value_head_dim,
+        }
+    if config.model_type == "qwen3_5_moe_text":
+        keys["rope.dimension_sections"] = [*config.rope_parameters["mrope_section"], 0]
     if config.model_type == "lfm2_moe":
         keys |= {
             "attention.head_count_kv": [config.num_key_value_heads * (kind != "conv") for kind in config.layer_types],
