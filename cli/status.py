@@ -48,6 +48,8 @@ def status_line(stats: "TurnStats", width: int) -> str:
         parts.append(format_size(sum(stats.memory_bytes.values())))
     if stats.num_slots_given_up:
         parts.append(f"{stats.num_slots_given_up:,} expert slots were freed for the context")
+    if stats.num_slots_lost:
+        parts.append(f"{stats.num_slots_lost:,} expert slots made room for other programs")
     if stats.crossed_window is not None:
         parts.append(CROSSED.format(window=stats.crossed_window))
     elif stats.reuse in REUSES and stats.num_prompt_tokens:

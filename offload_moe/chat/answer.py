@@ -93,7 +93,12 @@ class Answer:
                 yield piece
 
     def stats(
-        self, counters: Counters | None, memory_bytes: Mapping[str, int], num_slots_given_up: int = 0
+        self,
+        counters: Counters | None,
+        memory_bytes: Mapping[str, int],
+        *,
+        num_slots_given_up: int = 0,
+        num_slots_lost: int = 0,
     ) -> TurnStats:
         """Tokens, seconds and bytes (by part of memory) of the ended answer. counters: of the tiers, of this answer."""
         generation = self._generation
@@ -108,6 +113,7 @@ class Answer:
             counters=counters,
             memory_bytes=dict(memory_bytes),
             num_slots_given_up=num_slots_given_up,
+            num_slots_lost=num_slots_lost,
             crossed_window=generation.crossed_window,
             guesses=generation.guesses,
         )

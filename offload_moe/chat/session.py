@@ -183,8 +183,13 @@ class ChatSession:
             self._answer_in_progress = None
             self._keep(messages, answer)
             used = self._counters.since(before) if self._counters is not None and before is not None else None
-            given_up = self._room.num_slots_given_up if self._room is not None else 0
-            self.last_stats = answer.stats(used, self._memory() if self._memory is not None else {}, given_up)
+            room = self._room
+            self.last_stats = answer.stats(
+                used,
+                self._memory() if self._memory is not None else {},
+                num_slots_given_up=room.num_slots_given_up if room is not None else 0,
+                num_slots_lost=room.num_slots_lost if room is not None else 0,
+            )
             if self._counters is not None:
                 self.last_stats.add_tokens_to(self._counters)
 

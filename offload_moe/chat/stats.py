@@ -16,9 +16,10 @@ class TurnStats:
     """One answer: token counts, seconds, and the counters of the expert tiers meanwhile.
 
     `finish` is why it ended: the model's own stop token, max_new_tokens, the end of the context, no memory for a longer
-    one, or the user. `num_slots_given_up`: expert slots that made room for the context, beyond what was planned.
-    `crossed_window`: tokens beyond which this model rotates keys by other factors, where the conversation crossed that
-    length in this turn and was computed again. `guesses`: what came of guessed tokens; None where none were made.
+    one, or the user. `num_slots_given_up`: expert slots that made room for the context, beyond what was planned;
+    `num_slots_lost`: for other programs. `crossed_window`: tokens beyond which this model rotates keys by other
+    factors, where the conversation crossed that length in this turn and was computed again. `guesses`: what came of
+    guessed tokens; None where none were made.
     """
 
     num_prompt_tokens: int
@@ -31,6 +32,7 @@ class TurnStats:
     counters: Counters | None = None
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
     num_slots_given_up: int = 0
+    num_slots_lost: int = 0
     crossed_window: int | None = None
     guesses: Tally | None = None
 

@@ -293,6 +293,8 @@ def _make_room(planned: Planned, engine: Engine) -> ContextRoom:
         borrows=borrows,
         draft_token_bytes=planned.draft_token_bytes,
     )
+    if planned.placement.vram:
+        room.watch(engine.hierarchy.device_memory)
     engine.hf.get_decoder().register_forward_pre_hook(room.before_forward, with_kwargs=True)
     return room
 

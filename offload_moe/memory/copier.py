@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +47,17 @@ class Event(Protocol):
     def record(self, stream: Any) -> None: ...
 
     def synchronize(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceMemory:
+    """The memory of a device, as this process sees it.
+
+    available_bytes: that it has or could have. used_bytes: of these, in tensors.
+    """
+
+    available_bytes: int
+    used_bytes: int
 
 
 class Marker:
@@ -89,6 +101,14 @@ class Copier(Protocol):
 
     def free(self, memory: Tensor) -> None:
         """Give device memory back. No copy or compute on it may be under way or follow."""
+        ...
+
+    def memory(self) -> DeviceMemory:
+        """What the device has for this process. Raises: BudgetError when it does not report that."""
+        ...
+
+    def return_freed(self) -> None:
+        """Let other programs have what was freed."""
         ...
 
     def unlock(self, memory: Tensor) -> None:
@@ -159,6 +179,14 @@ class StreamCopier(ABC):
         """Give device memory back. No copy or compute on it may be under way or follow."""
 
     @abstractmethod
+    def memory(self) -> DeviceMemory:
+        """See `Copier.memory`."""
+
+    @abstractmethod
+    def return_freed(self) -> None:
+        """Let other programs have what was freed."""
+
+    @abstractmethod
     def staging_buffer(self, num_bytes: int) -> Tensor:
         """Host memory that the device can read directly: uint8 ``[num_bytes]``."""
 
@@ -190,6 +218,13 @@ class AcceleratorCopier(StreamCopier):
 
     def free(self, memory: Tensor) -> None:
         """Do nothing: the allocator takes the memory back when its last view is gone."""
+
+    def memory(self) -> DeviceMemory:
+        free, held = _memory_info(self._device)[0], torch.accelerator.memory_reserved(self._device)
+        return DeviceMemory(available_bytes=free + held, used_bytes=torch.accelerator.memory_allocated(self._device))
+
+    def return_freed(self) -> None:
+        torch.accelerator.empty_cache()
 
     def staging_buffer(self, num_bytes: int) -> Tensor:
         with torch.inference_mode(False):

@@ -16,7 +16,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from offload_moe.memory.copier import Marker, StreamCopier
+from offload_moe.memory.copier import DeviceMemory, Marker, StreamCopier
 from offload_moe.memory.page_lock import LockRuntime, PageLock
 
 POISON = 0xA5  # fresh device memory is not zero
@@ -133,8 +133,13 @@ class SimulatedCopier(StreamCopier):
         lazy_compute: bool = False,
         defers_compute: bool = False,
         page_lock: PageLock | None = None,
+        capacity: Callable[[], int] = lambda: 1 << 50,
     ) -> None:
-        """delay_s: extra seconds before each copy completes, for tests with adversarial timing."""
+        """delay_s: extra seconds before each copy completes, for tests with adversarial timing.
+
+        capacity: bytes that `allocate` gives in all at present.
+        """
+        self._capacity, self.num_allocated = capacity, 0
         self._bytes_per_s = bytes_per_s
         self._latency_s = latency_s
         self._delay_s = delay_s
@@ -151,15 +156,26 @@ class SimulatedCopier(StreamCopier):
         return True
 
     def allocate(self, num_bytes: int) -> Tensor:
+        if self.num_allocated + num_bytes > self._capacity():
+            raise torch.OutOfMemoryError(f"The simulated device has no {num_bytes} bytes left.")
+        self.num_allocated += num_bytes
         with torch.inference_mode(False):
             return torch.full((num_bytes,), POISON, dtype=torch.uint8)
 
     def free(self, memory: Tensor) -> None:
         """Overwrite the memory, as its next owner would."""
+        self.num_allocated -= memory.numel()
         memory.numpy().fill(POISON)  # at once, whatever torch operations are deferred to
 
+    def memory(self) -> DeviceMemory:
+        return DeviceMemory(available_bytes=self._capacity(), used_bytes=self.num_allocated)
+
+    def return_freed(self) -> None:
+        """Do nothing: nothing is kept back."""
+
     def staging_buffer(self, num_bytes: int) -> Tensor:
-        return self.allocate(num_bytes)
+        with torch.inference_mode(False):
+            return torch.full((num_bytes,), POISON, dtype=torch.uint8)
 
     def new_stream(self) -> SimulatedStream:
         return SimulatedStream(is_lazy=self._lazy_copies)

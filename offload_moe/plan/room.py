@@ -2,12 +2,15 @@
 
 If RAM is the fast tier, slots also borrow planned memory that is not needed yet, and return it before it is needed.
 
-The pool is resized before a prompt is computed, and before every forward, while no expert is leased by it.
+The pool is resized before a prompt is computed, and before every forward, while no expert is leased by it. Slots of a
+device also give way to what other programs take of its memory.
 """
 
+import logging
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,12 +23,16 @@ from offload_moe.decode.latent import NAME as LATENT_ATTENTION
 from offload_moe.errors import BudgetError, TransferError
 from offload_moe.families.cache_name import cache_in
 from offload_moe.families.text_model import TextModel
+from offload_moe.memory.copier import DeviceMemory
 from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.plan.budget import give_back_freed_memory
+from offload_moe.plan.others import BACK_AFTER_S, OtherPrograms
 from offload_moe.plan.parameters import ModelShape
 from offload_moe.plan.placement import Placement
 from offload_moe.plan.working import activation_bytes, cache_bytes
 from offload_moe.system.sizes import format_size
+
+logger = logging.getLogger(__name__)
 
 GROWING = ("key/value cache", "activations")  # parts of the plan
 NEVER_BORROWED_BYTES = 12 << 20  # freed blocks too small to return to the system at once: 4 to 15 MB were found
@@ -66,11 +73,29 @@ class ContextRoom:
         planned = (part.num_bytes for part in fast.fixed if part.name in GROWING)
         left_over = max(0, (fast.budget_bytes or 0) - fast.used_bytes)  # where every expert has a slot
         self.planned_bytes = sum(planned) + left_over + placement.context * self._draft_token_bytes
+        self._slots_for_context = self.num_slots  # what contexts alone would leave
+        self.others: OtherPrograms | None = None
+        self._num_said = 0  # lost slots of which a line was written
+
+    def watch(self, measure: Callable[[], DeviceMemory]) -> None:
+        """Let slots give way to what other programs take of the device's memory from now on, where it reports that."""
+        with suppress(BudgetError):
+            self.others = OtherPrograms(measure, self.planned_bytes)
 
     @property
     def num_slots_given_up(self) -> int:
-        """Slots below the planned number."""
-        return max(0, self._placement.fast.num_slots - self.num_slots)
+        """Slots below the planned number, without those of `num_slots_lost`."""
+        return max(0, self._placement.fast.num_slots - self.num_slots - self.num_slots_lost)
+
+    @property
+    def num_slots_lost(self) -> int:
+        """Slots below the planned number that made room for other programs."""
+        left = min(self._placement.fast.num_slots, self._slots_for_context)
+        return max(0, left - self.num_slots) if self._taken_bytes else 0
+
+    @property
+    def _taken_bytes(self) -> int:
+        return 0 if self.others is None else self.others.num_bytes
 
     def limit(self, num_tokens: int, num_new: int, cache: Cache | None = None) -> int:
         """The longest conversation, prompt and answer together, in tokens.
@@ -84,9 +109,9 @@ class ContextRoom:
         low, high = 0, self._shape.max_context or UNBOUNDED
         while low < high:  # bisection for the longest that fits
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._need(middle, 1) <= room else (low, middle - 1)
-        if low <= num_tokens or self._need(num_tokens, num_new) > room:
-            needed = format_size(self._need(num_tokens + 1, num_new))
+            low, high = (middle, high) if self.needed_bytes(middle, 1) <= room else (low, middle - 1)
+        if low <= num_tokens or self.needed_bytes(num_tokens, num_new) > room:
+            needed = format_size(self.needed_bytes(num_tokens + 1, num_new))
             fast = self._placement.fast.name.lower()
             raise BudgetError(
                 f"The conversation of {num_tokens:,} tokens needs {needed} for keys, values and activations, and "
@@ -97,7 +122,7 @@ class ContextRoom:
 
     def slots_for(self, num_tokens: int, num_new: int) -> int:
         """How many slots one conversation has while a forward brings it to `num_tokens` by `num_new`."""
-        extra = self._need(num_tokens, num_new) - self.planned_bytes
+        extra = self.needed_bytes(num_tokens, num_new) - self.planned_bytes
         return max(self._least_slots, self._slots_beside(extra, self._activations(num_tokens, num_new)))
 
     def before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -122,11 +147,19 @@ class ContextRoom:
     def _admit(self, cache: Cache, num_tokens: int, num_new: int) -> None:
         known = self._tokens.get(cache, 0)
         num_tokens = _held(known, num_tokens, num_new)
-        if self._is_decoding and num_new == 1 and num_tokens == known:
+        is_step = self._is_decoding and num_new == 1 and num_tokens == known
+        if is_step and self.others is None:
             return  # a much shorter conversation, or the end of a prompt, lets the pool grow again
         with self._lock:
-            extra = self._others(cache) + self._need(num_tokens, num_new) - self.planned_bytes
-            if not self._have(self._slots_beside(extra, self._activations(num_tokens, num_new))):
+            has_changed = self.others is not None and self.others.look(now=not is_step)
+            if is_step and not has_changed:
+                return
+            extra = self._others(cache) + self.needed_bytes(num_tokens, num_new) - self.planned_bytes
+            # Slots do not come back behind each prompt while memory is short.
+            may_grow = num_new > 1 or has_changed or not self._taken_bytes
+            has_room = self._have(extra, self._activations(num_tokens, num_new), may_grow=may_grow)
+            self._say_what_was_lost()
+            if not has_room:
                 raise BudgetError(
                     f"{num_tokens:,} tokens of context need {format_size(extra)} more than the plan for "
                     f"{self._placement.context:,}, and freeing expert slots does not yield that much. "
@@ -137,9 +170,9 @@ class ContextRoom:
     def _pass(self, num_new: int) -> None:
         """Reclaim the borrowed memory that a forward without a cache needs."""
         with self._lock:
-            extra = self._others(None) + self._need(num_new, num_new) - self.planned_bytes
+            extra = self._others(None) + self.needed_bytes(num_new, num_new) - self.planned_bytes
             num_slots = self._slots_beside(extra, self._activations(num_new, num_new))
-            self._have(min(self.num_slots, max(self._placement.fast.num_slots, num_slots)))
+            self._resize_to(min(self.num_slots, max(self._placement.fast.num_slots, num_slots)))
             self._is_decoding = False
 
     def _slots_beside(self, extra: int, activations: int) -> int:
@@ -153,21 +186,45 @@ class ContextRoom:
         most_slots = self._shape.num_experts if self.borrows else fast.num_slots
         return min(most_slots, fast.num_slots - num_missing + num_reserved)
 
-    def _have(self, num_slots: int) -> bool:
-        """Resize the pool. False: it cannot be that small.
+    def _have(self, extra: int, activations: int, *, may_grow: bool) -> bool:
+        """Resize the pool. False: it cannot be as small as contexts need. extra, activations: as of `_slots_beside`.
 
-        If slots are in use by another thread, or the system has no memory for more, the answer continues, and the next
-        step of the context tries again.
+        Other programs' memory refuses no context: it leaves the slots that the experts of a token need, at least.
         """
-        if num_slots < self._least_slots:
+        most = self._slots_for_context = self._slots_beside(extra, activations)
+        if most < self._least_slots:
             return False
+        wanted = max(self._least_slots, self._slots_beside(extra + self._taken_bytes, activations))
+        return not self._resize_to(wanted if may_grow else min(wanted, self.num_slots)) or self.num_slots <= most
+
+    def _resize_to(self, num_slots: int) -> bool:
+        """False: slots are in use by another thread, or the system has no memory for more.
+
+        Then the answer continues, and the next step of the context tries again.
+        """
         if num_slots != self.num_slots:
             give_back_freed_memory()  # activations of the previous forward, which may have been a prompt
             try:
                 self.num_slots = self._resize(num_slots)
             except (BudgetError, TransferError):
-                return True
-        return self.num_slots <= num_slots
+                return False
+        return True
+
+    def _say_what_was_lost(self) -> None:
+        """One line when more slots than ever are lost, and one when all are back."""
+        lost, said = self.num_slots_lost, self._num_said
+        self._num_said = max(said, lost) if lost else 0
+        if lost > said:
+            logger.warning(
+                "Other programs have taken VRAM: %d expert slots (%s) made room for it, %d are left. They come back "
+                "%d s after that memory is free again.",
+                lost,
+                format_size(lost * self._placement.fast.slot_bytes),
+                self.num_slots,
+                BACK_AFTER_S,
+            )
+        elif said and not lost:
+            logger.info("That VRAM is free again: %d expert slots are in use.", self.num_slots)
 
     @property
     def _spare_bytes(self) -> int:
@@ -178,7 +235,8 @@ class ContextRoom:
             self._cache_bytes(num_tokens) for other, num_tokens in list(self._tokens.items()) if other is not cache
         )
 
-    def _need(self, num_tokens: int, num_new: int) -> int:
+    def needed_bytes(self, num_tokens: int, num_new: int) -> int:
+        """Of keys, values and activations, where a forward brings one conversation to `num_tokens` by `num_new`."""
         return self._cache_bytes(self._in_steps(num_tokens)) + self._activations(num_tokens, num_new)
 
     def _cache_bytes(self, num_tokens: int) -> int:

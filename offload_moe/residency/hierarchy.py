@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from offload_moe.memory.arena import CHUNK_BYTES, Arena, whole_chunks
-from offload_moe.memory.copier import Copier
+from offload_moe.memory.copier import Copier, DeviceMemory
 from offload_moe.memory.device import DeviceMover, DeviceSlots
 from offload_moe.memory.disk import DiskMover
 from offload_moe.memory.flights import Flights
@@ -136,6 +136,11 @@ class Hierarchy:
         """The recent cost of copies to the device; only with a device tier."""
         return self._device_mover.pace
 
+    def device_memory(self) -> DeviceMemory:
+        """What the device has for this process now; only with a device tier."""
+        assert self._copier is not None
+        return self._copier.memory()
+
     def is_direct(self, slot: int) -> bool:
         """Whether the device can read a RAM slot itself, which is tried; only with a device tier."""
         assert self._copier is not None
@@ -191,6 +196,8 @@ class Hierarchy:
             scheduler.shrink(num_slots)
             self._settle(tier, num_slots, num_before)
             pool.shrink(num_slots)
+            if self._copier is not None and tier == "vram":
+                self._copier.return_freed()
         self._refit_policy(scheduler, num_before)
         return num_slots
 

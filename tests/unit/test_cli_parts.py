@@ -126,8 +126,11 @@ def test_the_status_line() -> None:
         "the context passed 4,096 tokens: this model rotates keys differently beyond that, so the conversation was "
         "computed anew"
     )
-    crowded = status.status_line(turn(num_slots_given_up=1200, finish="memory"), 300)
-    assert "1,200 expert slots were freed for the context · no memory for a longer context" in crowded
+    crowded = status.status_line(turn(num_slots_given_up=1200, num_slots_lost=70, finish="memory"), 300)
+    assert (
+        "1,200 expert slots were freed for the context · 70 expert slots made room for other programs"
+        " · no memory for a longer context" in crowded
+    )
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
