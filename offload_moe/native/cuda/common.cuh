@@ -16,7 +16,7 @@ typedef unsigned long long u64;
 
 /* As in csrc/api.h; a test compares them. */
 enum { OM_NF4 = 0, OM_INT8 = 1, OM_MXFP4 = 2, OM_BF16 = 3, OM_FP32 = 4 };
-enum { OM_Q8_0 = 9, OM_GGUF_MXFP4 = 11, OM_Q4_K = 14, OM_Q6_K = 16 }; /* of GGUF's types those that have kernels */
+enum { OM_Q8_0 = 10, OM_GGUF_MXFP4 = 12, OM_Q4_K = 15, OM_Q6_K = 17 }; /* of GGUF's types those that have kernels */
 enum { OM_F32 = 0, OM_BF16_VALUES = 1 };
 enum { OM_SILU = 0, OM_GELU = 1, OM_GELU_TANH = 2, OM_GPT_OSS = 3, OM_RELU = 4, OM_RELU2 = 5, OM_IDENTITY = 6 };
 

@@ -179,7 +179,7 @@ typedef struct {
 #define OM_CARD_UP(a, b) (((a) + (b)-1) / (b))
 #define OM_CARD_LEAST(a, b) ((a) < (b) ? (a) : (b))
 #define OM_CARD_PANELS(rows) OM_CARD_UP(rows, 16)
-#define OM_CARD_SUPERBLOCKS 12 /* the first codec with superblocks of 256 columns */
+#define OM_CARD_SUPERBLOCKS 13 /* the first codec with superblocks of 256 columns */
 #define OM_CARD_UNITS(codec, cols) OM_CARD_UP(cols, (codec) >= OM_CARD_SUPERBLOCKS ? 256 : 128)
 /* Panels that a thread block multiplies: so many that it has about 128 to 256 threads, four for each unit of each. */
 #define OM_CARD_GROUP(units) ((units) >= 32 ? 1 : (units) >= 16 ? 2 : (units) >= 8 ? 4 : 8)
