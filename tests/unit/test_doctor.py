@@ -141,11 +141,11 @@ def test_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_versions() -> None:
-    needed = Requirement("torch>=2.13,<2.14")
+    needed = Requirement("torch>=2.13,<2.15")
     assert check_package("torch", "2.13.0+cpu", needed).verdict == "ok"
     assert check_package("torch", "2.13.0", None).verdict == "ok"
     other = check_package("torch", "2.12.1", needed)
-    assert (other.verdict, '"torch<2.14,>=2.13"' in other.fix) == ("warning", True)
+    assert (other.verdict, '"torch<2.15,>=2.13"' in other.fix) == ("warning", True)
     assert check_package("torch", None, needed).verdict == "problem"
 
 
