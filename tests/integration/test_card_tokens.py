@@ -128,8 +128,10 @@ def test_guesses_change_no_token(settings: dict[str, Any], model: CardModel, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
-def test_guesses_behind_windows_and_latents(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "qwen3_next"])
+def test_guesses_behind_windows_latents_and_states(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Governor, "choose", lambda self, kind, most: min(most, 3))
     store = store_of(family, tmp_path)
     with open_model(store) as cpu:

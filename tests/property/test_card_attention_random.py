@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.support.cuda import routers, shim
+from tests.support.cuda import delta, routers, shim
 from tests.support.cuda.attention import Grouped, Latent, Setting, case_of, program
 from tests.support.cuda.bits import are_same, random_floats
 from tests.support.cuda.pages import Sequence
@@ -130,3 +130,29 @@ def test_random_routers(seed: int) -> None:
         expected_ids, expected_weights = routers.expected(router, logits, correction, 1.5)
         assert ids.tolist() == expected_ids.tolist()
         assert are_same(weights, expected_weights)
+
+
+def random_delta(random: np.random.Generator) -> delta.Sizes:
+    return delta.Sizes(
+        num_key_heads=int(random.integers(1, 6)),
+        num_shared=int(random.integers(1, 5)),
+        key_dim=16 * int(random.integers(1, 9)),
+        value_dim=16 * int(random.integers(1, 9)),
+        num_taps=int(random.integers(1, 6)),
+        is_joined=bool(random.integers(2)),
+        has_bias=bool(random.integers(2)),
+    )
+
+
+def test_random_delta_rules() -> None:
+    random = np.random.default_rng(11)
+    all_sizes = [
+        delta.Sizes(num_key_heads=16, num_shared=2, key_dim=128, value_dim=128),  # Qwen3-Next-80B-A3B
+        *(random_delta(random) for _ in range(8)),
+    ]
+    library = delta.program(tuple(all_sizes))
+    for seed, sizes in enumerate(all_sizes):
+        lengths = random.integers(1, 5, size=2)
+        rows = [delta.Moves(places=[tuple(random.integers(4, size=2)) for _ in range(count)]) for count in lengths]
+        delta.DeltaCase(sizes, rows, seed).check(library, seed=seed)
+        delta.DeltaCase(sizes, rows, seed, num_special=4).check(library, seed=seed + 1)
