@@ -272,9 +272,28 @@ def _dots1(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, A
     }
 
 
+def _exaone_moe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Layers of the whole context have no rotation."""
+    num_layers = reader.number("block_count") - (reader.get("nextn_predict_layers") or 0)
+    pattern = reader.get("attention.sliding_window_pattern")
+    if not isinstance(pattern, list):
+        pattern = [(layer + 1) % 4 != 0 for layer in range(num_layers)]
+    shared = _beside_shared_experts(reader)
+    return {
+        "model_type": "exaone_moe",
+        "architectures": ["ExaoneMoeForCausalLM"],
+        **shared,
+        "num_experts": shared["n_routed_experts"],
+        "num_shared_experts": shared["n_shared_experts"],
+        "n_group": 1,
+        "topk_group": 1,
+        "sliding_window": reader.number("attention.sliding_window"),
+        "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in pattern[:num_layers]],
+    }
+
+
 def _granite_moe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    if "blk.0.ffn_gate_shexp.weight" in shapes:
-        raise CheckpointError(f"{reader.path}: Granite with a shared expert is not used as it lies.")
+    shared = shapes.get("blk.0.ffn_gate_shexp.weight")
     scales = {
         "attention_multiplier": "attention.scale",
         "embedding_multiplier": "embedding_scale",
@@ -282,8 +301,9 @@ def _granite_moe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[
         "logits_scaling": "logit_scale",
     }
     return {
-        "model_type": "granitemoe",
-        "architectures": ["GraniteMoeForCausalLM"],
+        "model_type": "granitemoe" if shared is None else "granitemoeshared",
+        "architectures": ["GraniteMoeForCausalLM" if shared is None else "GraniteMoeSharedForCausalLM"],
+        **({} if shared is None else {"shared_intermediate_size": shared[0]}),
         "num_local_experts": reader.number("expert_count"),
         **{name: reader.number(key) for name, key in scales.items()},
     }
@@ -352,6 +372,7 @@ CONFIGS: Mapping[str, Callable[[Reader, Mapping[str, tuple[int, ...]]], dict[str
     "gpt-oss": _gpt_oss,
     "minimax-m2": _minimax_m2,
     "dots1": _dots1,
+    "exaone-moe": _exaone_moe,
     "granitemoe": _granite_moe,
     "hunyuan-moe": _hunyuan_moe,
     "ernie4_5-moe": _ernie_moe,

@@ -50,6 +50,7 @@ _IN_BLOCK_OF = {
         "exp_probs_b": "mlp.gate.e_score_correction",
         **_SHARED_EXPERTS,
     },
+    "exaone-moe": {"exp_probs_b": "mlp.gate.e_score_correction", **_SHARED_EXPERTS},
     "dots1": {"exp_probs_b": "mlp.gate.e_score_correction", **_SHARED_EXPERTS},
     "ernie4_5-moe": {"exp_probs_b": "mlp.gate.moe_statics.e_score_correction", **_SHARED_EXPERTS},
     "minimax-m2": {"exp_probs_b": "mlp.e_score_correction"},
@@ -57,6 +58,8 @@ _IN_BLOCK_OF = {
         "ffn_gate_inp": "block_sparse_moe.router",
         "ffn_gate_up_exps": "block_sparse_moe.experts.gate_up_proj",
         "ffn_down_exps": "block_sparse_moe.experts.down_proj",
+        "ffn_gate_shexp": "shared_mlp.input_linear",
+        "ffn_down_shexp": "shared_mlp.output_linear",
     },
     "lfm2moe": {
         "attn_norm": "operator_norm",
@@ -100,6 +103,8 @@ _ARCHITECTURE_OF = {
     "hunyuan_v1_moe": "hunyuan-moe",
     "ernie4_5_moe": "ernie4_5-moe",
     "lfm2_moe": "lfm2moe",
+    "granitemoeshared": "granitemoe",
+    "exaone_moe": "exaone-moe",
     "qwen3_next": "qwen3next",
     "qwen3_5_moe_text": "qwen35moe",
     "qwen3_5_moe": "qwen35moe",
@@ -143,9 +148,9 @@ def transformers_name(name: str, architecture: str) -> str | None:
 
 
 def with_mtp_apart(name: str, architecture: str, num_layers: int) -> str:
-    """The name of a tensor behind the model's layers as Qwen3.5 has it; other names are returned unchanged."""
+    """The name of a tensor behind the model's layers as these checkpoints have it; others are returned unchanged."""
     match = _LAYER.fullmatch(name)
-    if architecture != "qwen35moe" or match is None or int(match[1]) < num_layers:
+    if architecture not in ("qwen35moe", "exaone-moe") or match is None or int(match[1]) < num_layers:
         return name
     inside = _APART.get(match[2]) or f"layers.{int(match[1]) - num_layers}.{match[2]}"
     return f"mtp.{inside}{match[3] or ''}"

@@ -19,7 +19,7 @@ from offload_moe.checkpoint.mxfp4 import BLOCKS, SCALES
 from offload_moe.errors import CheckpointError
 from offload_moe.quant.gguf import TYPES
 
-GPT_OSS = "gpt-oss"
+GPT_OSS, GRANITE = "gpt-oss", "granitemoe"
 OF_ONE_ROW = ("mlp.shared_expert_gate.weight", "moe_statics.e_score_correction_bias")
 Stored = GgufTensor | GgufExperts
 
@@ -83,6 +83,8 @@ def _parts(found: Mapping[str, Stored], architecture: str, config: Mapping[str, 
         if ".ffn_up_exps." in name or ".attn_v_b." in name:
             _half(found, tensor, name.replace("ffn_up", "ffn_gate").replace("attn_v", "attn_k"))
             continue  # handled with its other half
+        if architecture == GRANITE and ".ffn_up_shexp." in name:
+            continue  # too
         if both := fused_experts(name, architecture) or split_latent(name):
             pair = (tensor, _half(found, tensor, both[0]))
             yield from _pair(both[1], pair, is_gpt_oss)
@@ -90,6 +92,9 @@ def _parts(found: Mapping[str, Stored], architecture: str, config: Mapping[str, 
             yield delta
         elif (known := transformers_name(name, architecture)) is None or gguf_delta.is_second(name, architecture):
             continue
+        elif architecture == GRANITE and ".ffn_gate_shexp." in name:
+            pair = (tensor, _half(found, tensor, name.replace("ffn_gate", "ffn_up")))
+            yield known, GgufPart(tensors=pair, join=_rows_of_both, is_whole=True, moves_rows=True)
         elif is_gpt_oss and ".ffn_down_exps.weight" in name:
             yield from _gpt_oss_experts(known, (tensor,))
         elif known.endswith(OF_ONE_ROW) and len(tensor.shape) == 1:
@@ -183,6 +188,10 @@ def _halves(num_heads: int, whole: Tensor) -> Tensor:
 
 def _gate_before_up(gate: Tensor, up: Tensor) -> Tensor:
     return torch.cat([gate, up], dim=1)
+
+
+def _rows_of_both(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.cat([gate, up])
 
 
 def _join_latent(keys: Tensor, values: Tensor) -> Tensor:

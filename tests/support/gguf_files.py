@@ -25,13 +25,15 @@ ARCHITECTURES = {
     "minimax_m2": "minimax-m2",
     "dots1": "dots1",
     "granitemoe": "granitemoe",
+    "granitemoeshared": "granitemoe",
+    "exaone_moe": "exaone-moe",
     "hunyuan_v1_moe": "hunyuan-moe",
     "ernie4_5_moe": "ernie4_5-moe",
     "lfm2_moe": "lfm2moe",
     "qwen3_next": "qwen3next",
     "qwen3_5_moe_text": "qwen35moe",
 }
-PERMUTED = ("mixtral", "granitemoe")
+PERMUTED = ("mixtral", "granitemoe", "granitemoeshared")
 OF_DELTA_RULES = ("qwen3_next", "qwen3_5_moe_text")  # test_gguf_in_place.py has those, which change values
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -158,6 +160,11 @@ def as_llama_cpp(
         return [(f"blk.{block}.exp_probs_b.bias", value.flatten())]
     if ".linear_attn." in name:
         return as_delta_rule(name, value, config)
+    if name.endswith("shared_mlp.input_linear.weight"):
+        return [
+            (f"blk.{block}.ffn_{half}_shexp.weight", part)
+            for half, part in zip(("gate", "up"), value.chunk(2), strict=True)
+        ]
     if name.endswith("sinks"):
         return [(f"blk.{block}.attn_sinks.weight", value)]
     stem, kind = name.rsplit(".", 1)

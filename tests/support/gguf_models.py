@@ -70,6 +70,13 @@ DELTA: dict[str, Any] = {
         "mrope_section": [6, 5, 5],
     },
 }
+GRANITE: dict[str, Any] = {
+    "num_local_experts": 4,
+    "attention_multiplier": 0.1,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 512},
@@ -103,12 +110,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "sliding_window": None,
     },
-    "granitemoe": {
-        "num_local_experts": 4,
-        "attention_multiplier": 0.1,
-        "embedding_multiplier": 3.0,
-        "residual_multiplier": 0.5,
-        "logits_scaling": 2.0,
+    "granitemoe": GRANITE,
+    "granitemoeshared": GRANITE | {"shared_intermediate_size": 512},
+    "exaone_moe": {
+        "num_experts": 4,
+        "num_shared_experts": 1,
+        "moe_intermediate_size": 256,
+        "first_k_dense_replace": 1,
+        "num_hidden_layers": 3,
+        "head_dim": 64,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
     "lfm2_moe": {
         "num_experts": 4,
@@ -246,6 +258,8 @@ def _as_transformers(name: str, parts: Mapping[str, Tensor], config: Any) -> Ten
     if config.model_type == "gpt_oss" and ".experts." in name:
         joined = torch.stack(values, dim=2).flatten(1, 2) if len(values) == 2 else values[0]
         return joined if name.endswith("_bias") else joined.transpose(1, 2)
+    if name.endswith("shared_mlp.input_linear.weight"):
+        return torch.cat(values)
     if len(values) == 2:
         return torch.cat(values, dim=1)
     (value,) = values
@@ -339,7 +353,24 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Any, changes: Mapping[str, An
         keys |= {"expert_gating_func": 2, "expert_weights_norm": config.norm_topk_prob}
     if config.model_type == "hunyuan_v1_moe":
         keys["expert_shared_feed_forward_length"] = config.intermediate_size
-    if config.model_type == "granitemoe":
+    if config.model_type == "granitemoeshared":
+        keys["expert_shared_feed_forward_length"] = config.shared_intermediate_size
+    if config.model_type == "exaone_moe":
+        keys |= {
+            "attention.key_length": config.head_dim,
+            "attention.value_length": config.head_dim,
+            "attention.sliding_window": config.sliding_window,
+            "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config.layer_types],
+            "expert_feed_forward_length": config.moe_intermediate_size,
+            "expert_shared_count": config.num_shared_experts,
+            "expert_shared_feed_forward_length": config.moe_intermediate_size * config.num_shared_experts,
+            "expert_gating_func": 2,
+            "expert_weights_norm": config.norm_topk_prob,
+            "expert_weights_scale": config.routed_scaling_factor,
+            "leading_dense_block_count": config.first_k_dense_replace,
+            "rope.scaling.type": "none",
+        }
+    if config.model_type.startswith("granitemoe"):
         keys |= {
             "attention.scale": config.attention_multiplier,
             "embedding_scale": config.embedding_multiplier,
