@@ -292,6 +292,23 @@ def _exaone_moe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
     }
 
 
+def _afmoe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """llama.cpp scales every embedding, and gives every fourth layer the whole context."""
+    shared = _beside_shared_experts(reader)
+    return {
+        "model_type": "afmoe",
+        "architectures": ["AfmoeForCausalLM"],
+        "num_experts": shared["n_routed_experts"],
+        "num_shared_experts": shared["n_shared_experts"],
+        "moe_intermediate_size": shared["moe_intermediate_size"],
+        "num_dense_layers": shared["first_k_dense_replace"],
+        "route_scale": shared["routed_scaling_factor"],
+        "sliding_window": reader.number("attention.sliding_window"),
+        "global_attn_every_n_layers": 4,
+        "mup_enabled": True,
+    }
+
+
 def _granite_moe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     shared = shapes.get("blk.0.ffn_gate_shexp.weight")
     scales = {
@@ -373,6 +390,7 @@ CONFIGS: Mapping[str, Callable[[Reader, Mapping[str, tuple[int, ...]]], dict[str
     "minimax-m2": _minimax_m2,
     "dots1": _dots1,
     "exaone-moe": _exaone_moe,
+    "afmoe": _afmoe,
     "granitemoe": _granite_moe,
     "hunyuan-moe": _hunyuan_moe,
     "ernie4_5-moe": _ernie_moe,

@@ -27,6 +27,7 @@ ARCHITECTURES = {
     "granitemoe": "granitemoe",
     "granitemoeshared": "granitemoe",
     "exaone_moe": "exaone-moe",
+    "afmoe": "afmoe",
     "hunyuan_v1_moe": "hunyuan-moe",
     "ernie4_5_moe": "ernie4_5-moe",
     "lfm2_moe": "lfm2moe",
@@ -54,6 +55,7 @@ IN_FILE_AS_THEY_ARE = (
     "gate.wg.weight",
     "shared_expert_gate.weight",
     "router.weight",
+    "router.gate.weight",
     "_bias",
 )
 Q8_0 = gguf.GGMLQuantizationType.Q8_0

@@ -122,6 +122,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "afmoe": {
+        "num_experts": 4,
+        "num_shared_experts": 1,
+        "moe_intermediate_size": 256,
+        "num_dense_layers": 1,
+        "num_hidden_layers": 4,
+        "head_dim": 64,
+        "sliding_window": 8,
+        "route_scale": 1.5,
+        "mup_enabled": True,
+    },
     "lfm2_moe": {
         "num_experts": 4,
         "moe_intermediate_size": 256,
@@ -369,6 +380,19 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Any, changes: Mapping[str, An
             "expert_weights_scale": config.routed_scaling_factor,
             "leading_dense_block_count": config.first_k_dense_replace,
             "rope.scaling.type": "none",
+        }
+    if config.model_type == "afmoe":
+        keys |= {
+            "attention.key_length": config.head_dim,
+            "attention.value_length": config.head_dim,
+            "attention.sliding_window": config.sliding_window,
+            "rope.dimension_count": config.head_dim,
+            "expert_feed_forward_length": config.moe_intermediate_size,
+            "expert_shared_count": config.num_shared_experts,
+            "expert_gating_func": 2,
+            "expert_weights_norm": True,
+            "expert_weights_scale": config.route_scale,
+            "leading_dense_block_count": config.num_dense_layers,
         }
     if config.model_type.startswith("granitemoe"):
         keys |= {
