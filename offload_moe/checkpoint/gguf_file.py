@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offload_moe.errors import CheckpointError, TransferError
-from offload_moe.native.files import read_at
+from offload_moe.checkpoint.file_bytes import read_bytes
+from offload_moe.errors import CheckpointError
 
 KEPT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Read in big-endian files. For other types the gguf package writes unswapped bytes, its gguf_convert_endian swaps
@@ -77,19 +77,6 @@ class GgufTensor:
         data = torch.empty((stop - start) * item_bytes, dtype=torch.uint8)
         read_bytes(self.path, self.offset + start * item_bytes, data, f"tensor {self.name}")
         return data
-
-
-def read_bytes(path: Path, offset: int, target: Tensor, what: str) -> None:
-    """Fill a contiguous uint8 tensor from there on. Raises: CheckpointError, TransferError naming `what`."""
-    view, done = target.numpy().data, 0
-    try:
-        with path.open("rb", buffering=0) as file:
-            while done < len(view) and (count := read_at(file.fileno(), view[done:], offset + done)):
-                done += count
-    except OSError as error:
-        raise TransferError(f"{path}: reading {what} failed: {error.strerror}.") from error
-    if done < len(view):
-        raise CheckpointError(f"{path} is truncated inside {what}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.experts import ExpertsModule
+from offload_moe.checkpoint.file_bytes import read_bytes
 from offload_moe.checkpoint.gguf_experts import GgufExperts
-from offload_moe.checkpoint.gguf_file import GgufTensor, read_bytes
+from offload_moe.checkpoint.gguf_file import GgufTensor
 from offload_moe.errors import CheckpointError, ConfigError
 from offload_moe.quant.bf16 import Bf16Codec
 from offload_moe.quant.gguf import TYPES, GgufCodec, gguf_codec

@@ -4,7 +4,6 @@ Files are not mapped, because mapped pages count as resident memory, which must 
 """
 
 import math
-import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -12,11 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from offload_moe.checkpoint.file_bytes import read_bytes
 from offload_moe.checkpoint.header import HeaderCopy, TensorEntry, read_header
 from offload_moe.checkpoint.weight_files import WeightFiles, choose_weights, file_names, listing, require
-from offload_moe.errors import CheckpointError, TransferError
-from offload_moe.native.files import read_at
-from offload_moe.system.open_files import OpenFiles, open_descriptor
+from offload_moe.system.open_files import OpenFiles
 
 
 class Remote(Protocol):
@@ -90,37 +88,17 @@ class Shards:
     def _read(self, entry: TensorEntry, offset: int, num_bytes: int) -> Tensor:
         if self._remote is not None:
             self._remote.provide(entry.path)
-        try:
-            with self._files.reading(entry.path) as descriptor:
-                return _fill(descriptor, entry, offset, num_bytes)
-        except OSError as error:
-            raise TransferError(f"{entry.path}: reading tensor {entry.name} failed: {error.strerror}.") from error
+        data = torch.empty(num_bytes, dtype=torch.uint8)
+        read_bytes(entry.path, offset, data, f"tensor {entry.name}", self._files.reading)
+        return data
 
 
 def read_part(entry: TensorEntry, start: int, stop: int) -> Tensor:
     """A slice along the leading dimension, of a file that is opened for it. Raises: as `Shards`."""
     row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
-    try:
-        with os.fdopen(open_descriptor(entry.path), "rb", buffering=0) as file:
-            data = _fill(file.fileno(), entry, entry.offset + start * row_bytes, (stop - start) * row_bytes)
-    except OSError as error:
-        raise TransferError(f"{entry.path}: reading tensor {entry.name} failed: {error.strerror}.") from error
+    data = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+    read_bytes(entry.path, entry.offset + start * row_bytes, data, f"tensor {entry.name}")
     return data.view(entry.dtype).view(stop - start, *entry.shape[1:])
-
-
-def _fill(descriptor: int, entry: TensorEntry, offset: int, num_bytes: int) -> Tensor:
-    """The bytes. Raises: OSError, CheckpointError at the end of the file."""
-    data = torch.empty(num_bytes, dtype=torch.uint8)
-    buffer = data.numpy().data
-    done = 0
-    while done < num_bytes:
-        count = read_at(descriptor, buffer[done:], offset + done)
-        if count == 0:
-            raise CheckpointError(
-                f"{entry.path} is truncated inside tensor {entry.name}: {offset + num_bytes} bytes needed."
-            )
-        done += count
-    return data
 
 
 def _contradictions(folder: Path, weights: WeightFiles, entries: Mapping[str, TensorEntry]) -> Iterator[str]:

@@ -25,7 +25,9 @@ def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
     return count
 
 
-def read_bytes_at(descriptor: int, num_bytes: int, offset: int) -> bytes:
-    """At most so many bytes, as one read gives them. Raises: OSError."""
-    data = bytearray(num_bytes)
-    return bytes(data[: read_at(descriptor, memoryview(data), offset)])
+def read_fully(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Read until the buffer is full or the file ends. Returns the number of bytes read. Raises: OSError."""
+    done = 0
+    while done < len(buffer) and (count := read_at(descriptor, buffer[done:], offset + done)):
+        done += count
+    return done

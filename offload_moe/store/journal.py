@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from offload_moe.errors import StoreError
-from offload_moe.native.files import read_bytes_at
+from offload_moe.native.files import read_fully
 from offload_moe.store import durable
 from offload_moe.system.locks import no_locks, try_lock
 from offload_moe.system.open_files import open_descriptor
@@ -36,7 +36,8 @@ class Journal:
         self._file = open_descriptor(self._path, os.O_RDWR)
         try:
             self._lock()
-            content = read_bytes_at(self._file, os.fstat(self._file).st_size, 0)
+            content = bytearray(os.fstat(self._file).st_size)
+            read_fully(self._file, memoryview(content), 0)
             if not content.startswith(first_line):
                 raise StoreError(_difference(folder, content, settings))
         except BaseException:
@@ -94,7 +95,7 @@ def _is_locked(path: Path) -> bool:
         os.close(descriptor)
 
 
-def _checksums(lines: bytes) -> list[int]:
+def _checksums(lines: bytearray) -> list[int]:
     found = []
     for start in range(0, len(lines) - LINE_BYTES + 1, LINE_BYTES):
         line = lines[start : start + LINE_BYTES]
@@ -123,7 +124,7 @@ def check_target(folder: Path) -> None:
         raise StoreError(f"{folder} is not empty and not ours ({sorted(names)[0]}). Choose a new folder for the store.")
 
 
-def _difference(folder: Path, content: bytes, settings: dict[str, Any]) -> str:
+def _difference(folder: Path, content: bytearray, settings: dict[str, Any]) -> str:
     try:
         begun = json.loads(content.split(b"\n", 1)[0])
         different = sorted(key for key in {*begun, *settings} if begun.get(key) != settings.get(key))

@@ -12,7 +12,7 @@ from offload_moe.errors import StoreCorrupt, StoreError
 from offload_moe.native.files import read_at
 from offload_moe.native.kernels import crc32
 from offload_moe.store.manifest import Place
-from offload_moe.system.open_files import open_descriptor
+from offload_moe.system.open_files import opened
 
 CHUNK_BYTES = 1 << 24
 TOUCH_BYTES = 1 << 22
@@ -46,32 +46,36 @@ def touch(places: Iterable[tuple[Path, Place]]) -> None:
     """Read a file into the page cache. Errors are left to the actual read."""
     scratch = memoryview(bytearray(TOUCH_BYTES))
     for path, place in places:
-        with suppress(OSError):
-            descriptor = open_descriptor(path)
-            try:
-                for start in range(0, place.num_bytes, TOUCH_BYTES):
-                    read_at(descriptor, scratch[: place.num_bytes - start], place.offset + start)
-            finally:
-                os.close(descriptor)
+        with suppress(OSError), opened(path) as descriptor:
+            for start in range(0, place.num_bytes, TOUCH_BYTES):
+                read_at(descriptor, scratch[: place.num_bytes - start], place.offset + start)
+
+
+def checksum_of(descriptor: int, offset: int, num_bytes: int, target: memoryview | None = None) -> int | None:
+    """CRC-32 of a part of an open file, which is kept in the target if there is one. None: the file ends inside.
+
+    Raises: OSError.
+    """
+    scratch = memoryview(bytearray(min(CHUNK_BYTES, num_bytes))) if target is None else target
+    done = checksum = 0
+    while done < num_bytes:
+        wanted = min(CHUNK_BYTES, num_bytes - done)
+        view = scratch[:wanted] if target is None else target[done : done + wanted]
+        count = read_at(descriptor, view, offset + done)
+        if count == 0:
+            return None
+        checksum = crc32(view[:count], checksum)
+        done += count
+    return checksum
 
 
 def _read(path: Path, place: Place, what: str, target: memoryview | None) -> None:
-    scratch = memoryview(bytearray(min(CHUNK_BYTES, place.num_bytes))) if target is None else target
-    done = checksum = 0
     try:
-        descriptor = open_descriptor(path)
-        try:
-            while done < place.num_bytes:
-                wanted = min(CHUNK_BYTES, place.num_bytes - done)
-                view = scratch[:wanted] if target is None else target[done : done + wanted]
-                count = read_at(descriptor, view, place.offset + done)
-                if count == 0:
-                    raise StoreCorrupt(f"{path} ends inside {what}. Quantize the model again.")
-                checksum = crc32(view[:count], checksum)
-                done += count
-        finally:
-            os.close(descriptor)
+        with opened(path) as descriptor:
+            checksum = checksum_of(descriptor, place.offset, place.num_bytes, target)
     except OSError as error:
         raise StoreError(f"{path}: reading {what} failed: {error.strerror}.") from error
+    if checksum is None:
+        raise StoreCorrupt(f"{path} ends inside {what}. Quantize the model again.")
     if checksum != place.checksum:
         raise StoreCorrupt(f"{path}: {what} does not match its checksum. Quantize the model again.")

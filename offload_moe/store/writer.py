@@ -12,17 +12,16 @@ from types import TracebackType
 from typing import Any, Self
 
 from offload_moe.errors import BudgetError
-from offload_moe.native.files import read_bytes_at
 from offload_moe.native.kernels import crc32
 from offload_moe.store import durable
 from offload_moe.store.journal import Journal
 from offload_moe.store.manifest import DataFile, Place, StoredFile
 from offload_moe.store.plan import PlannedFile
+from offload_moe.store.reading import checksum_of
 from offload_moe.system.open_files import WRITING, open_descriptor
 from offload_moe.system.paths import MANIFEST_NAME
 from offload_moe.system.sizes import format_size
 
-READ_BYTES = 1 << 24
 FLUSH_BYTES = 256 << 20  # more dirty pages would only prolong the last sync of a file
 
 Payload = Iterable[memoryview]
@@ -163,7 +162,7 @@ class StoreWriter:
             if stream.read(len(file.header)) != file.header:
                 return 0
             for count, (blob, offset, checksum) in enumerate(zip(file.blobs, file.offsets(), checksums, strict=False)):
-                if _checksum(stream.fileno(), offset, blob.num_bytes) != checksum:
+                if checksum_of(stream.fileno(), offset, blob.num_bytes) != checksum:
                     return count
         return len(checksums)
 
@@ -197,11 +196,3 @@ def _bytes_on_disk(path: Path) -> int:
     """Of a file; less than its size where it has holes and the system reports them."""
     status = path.stat()
     return status.st_blocks * 512 if hasattr(status, "st_blocks") else status.st_size
-
-
-def _checksum(descriptor: int, offset: int, num_bytes: int) -> int:
-    checksum, end = 0, offset + num_bytes
-    while offset < end and (chunk := read_bytes_at(descriptor, min(READ_BYTES, end - offset), offset)):
-        checksum = crc32(chunk, checksum)
-        offset += len(chunk)
-    return checksum if offset == end else -1

@@ -35,6 +35,16 @@ def open_descriptor(path: Path, flags: int = os.O_RDONLY, mode: int = 0o644, *, 
         raise OSError(error.errno, _advice(), str(path)) from error
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """The descriptor of a file that is open inside, to be read. Raises: OSError."""
+    descriptor = open_descriptor(path)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 class OpenFiles:
     """Files that are read repeatedly, of which a few stay open. Safe for several threads."""
 

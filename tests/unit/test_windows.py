@@ -171,9 +171,11 @@ def test_reads_at_an_offset_without_preadv(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "a").write_bytes(bytes(range(100)))
     monkeypatch.delattr(os, "preadv")
     descriptor = os.open(tmp_path / "a", os.O_RDONLY)
-    assert files.read_bytes_at(descriptor, 20, 90) == bytes(range(90, 100))
-    assert files.read_bytes_at(descriptor, 20, 100) == b""
+    data = bytearray(20)
+    assert files.read_fully(descriptor, memoryview(data), 90) == 10
+    assert data == bytes(range(90, 100)) + bytes(10)
+    assert files.read_at(descriptor, memoryview(data), 100) == 0
     assert files.read_at(descriptor, memoryview(bytearray()), 0) == 0
     os.close(descriptor)
     with pytest.raises(OSError, match="Bad file descriptor"):
-        files.read_bytes_at(descriptor, 20, 0)
+        files.read_at(descriptor, memoryview(data), 0)
