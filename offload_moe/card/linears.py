@@ -25,6 +25,7 @@ from offload_moe.quant.gguf import PREFIX
 MOST_MATRICES = 4  # of one launch
 Inputs = Mapping[str, Any]  # codec of the activations -> `om_card_input`
 KERNELS = ("nf4", "int8", "mxfp4", *VALUES, "q8_0", "gguf_mxfp4", "q4_k", "q6_k")  # codecs of matrices that have some
+TABLES = ("q8_0", "q4_k", "q6_k")  # types of GGUF in which rows of an embedding are read
 _NAMES = {number: name for name, number in (CODECS | GGUF_BLOCKS | GGUF_SUPERBLOCKS).items()}
 
 
@@ -81,6 +82,12 @@ def codecs_of(linears: Iterable[Linear]) -> set[str]:
 def input_codec(codec: str) -> str:
     """The codec whose activations a matrix takes: GGUF's types take those of int8."""
     return "int8" if codec.startswith(PREFIX) else codec
+
+
+def has_kernel(kind: str, *, is_table: bool = False) -> bool:
+    """Whether a card computes with matrices of a type of GGUF, or reads an embedding in it."""
+    name = kind.lower()
+    return name in TABLES if is_table else (f"gguf_{name}" if name == "mxfp4" else name) in KERNELS
 
 
 def kernel_codec(matrix: MatrixStruct, what: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from offload_moe.card.linears import linear_of
+from offload_moe.card.linears import has_kernel, linear_of
 from offload_moe.card.norms import Norm, norm_of
 from offload_moe.decode.dense import NarrowEmbedding, RecordEmbedding
 from offload_moe.decode.head import gives_products
@@ -22,8 +22,6 @@ from offload_moe.families.read_layer import layer_spec, norm_spec
 from offload_moe.families.text_model import TextModel
 from offload_moe.native.kernels import Linear
 from offload_moe.native.planes import DTYPES
-
-TABLES = ("q8_0", "q4_k", "q6_k")  # types of GGUF of which rows of an embedding are decoded on a card
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +111,7 @@ def _table(embedding: Any) -> Table:
     """Raises: DevicePassUnavailable."""
     if isinstance(embedding, RecordEmbedding):
         kind = embedding.kind.name
-        if kind.lower() not in TABLES:
+        if not has_kernel(kind, is_table=True):
             raise DevicePassUnavailable(f"an embedding in GGUF's type {kind} has no kernel there")
         return Table(rows=embedding.record, codec=f"OM_{kind}", columns=embedding.embedding_dim)
     if type(embedding) not in (nn.Embedding, NarrowEmbedding):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from offload_moe.native import kernels
 from offload_moe.native.device import in_rows, record_linear
 from offload_moe.quant import Codec, ExpertShape
-from offload_moe.quant.gguf import GgufCodec, decode_rows
+from offload_moe.quant.gguf import GgufCodec
+from offload_moe.quant.gguf_device import decode_anywhere
 from offload_moe.quant.layout import weight_shape
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
@@ -143,7 +144,7 @@ class RecordEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """``[...] -> [..., H]``."""
         unique, places = ids.flatten().unique(return_inverse=True)
-        rows = decode_rows(self.kind, self.record[unique]).to(self.dtype)
+        rows = decode_anywhere(self.kind, self.record[unique]).to(self.dtype)
         return rows[places].view(*ids.shape, self.embedding_dim)
 
 

@@ -94,7 +94,7 @@ def assemble(
     for name, table in narrow.items():
         hf.set_submodule(name, table)
     for name, (record, entry) in tables.items():
-        _set_table(hf, name, record, entry, is_exact=is_exact)
+        _set_table(hf, name, record, entry, order)
     hf.to(device)  # buffers the store does not hold, such as rotary frequencies
     stranded = [name for name, value in [*hf.named_parameters(), *hf.named_buffers()] if value.is_meta]
     if stranded:
@@ -113,7 +113,7 @@ class _Order(TypedDict):
     keeps_panels: bool
 
 
-def _set_table(hf: TextModel, name: str, record: Tensor, entry: DenseEntry, *, is_exact: bool) -> None:
+def _set_table(hf: TextModel, name: str, record: Tensor, entry: DenseEntry, order: _Order) -> None:
     """An embedding in a type of GGUF; a head that shares it gets the same record in panels."""
     assert entry.quantized is not None
     codec = parse_gguf(entry.codec or "")
@@ -123,7 +123,7 @@ def _set_table(hf: TextModel, name: str, record: Tensor, entry: DenseEntry, *, i
     assert isinstance(weight, Tensor)
     if type(head) is nn.Linear and head.weight is weight:
         found = next(found for found, module in hf.named_modules() if module is head)
-        _replace(hf, found, QuantLinear(record.clone(), entry.quantized, codec, is_exact=is_exact))
+        _replace(hf, found, QuantLinear(record.clone(), entry.quantized, codec, **order))
     hf.set_submodule(name, RecordEmbedding(record, entry.quantized, codec, weight.dtype))
 
 

@@ -6,6 +6,7 @@ import torch
 
 from offload_moe.card.build import install
 from offload_moe.card.device import CardDevice
+from offload_moe.card.linears import has_kernel
 from offload_moe.card.model import why_not
 from offload_moe.card.passes import CardPass
 from offload_moe.decode import FastPath
@@ -14,6 +15,7 @@ from offload_moe.engine.build import Engine
 from offload_moe.errors import BudgetError, DevicePassUnavailable, TransferError
 from offload_moe.families.text_model import TextModel
 from offload_moe.native.planes import not_in_panels_reason
+from offload_moe.quant.gguf import parse_gguf
 from offload_moe.store import Store
 from offload_moe.system.progress import Progress
 
@@ -42,6 +44,21 @@ class DevicePass:
         if self.made is not None and self.card is not None and self.card.num_cards > 1:
             found.append(f"This machine has {self.card.num_cards} cards; the first one ({self.card.name}) is used.")
         return found
+
+
+def why_no_types(store: Store) -> str:
+    """Which of a GGUF file's types has no kernel on a card; empty where all have."""
+    for layer in store.layers:
+        codec = parse_gguf(layer.codec or "")
+        if codec is None or any(not has_kernel(kind.name) for kind in codec.kinds):
+            return f"experts in {layer.codec}"
+        if layer.shape.has_gate and codec.kinds[0] != codec.kinds[1]:
+            return f"experts in {layer.codec}, whose gate and up rows have different types"
+    for entry in store.dense.values():
+        codec = parse_gguf(entry.codec or "") if entry.quantized is not None else None
+        if codec is not None and not has_kernel(codec.kinds[0].name, is_table=entry.is_lookup):
+            return f"{entry.name} in {codec.kinds[0].name}"
+    return ""
 
 
 def open_device_pass(store: Store, skeleton: TextModel, device: torch.device, *, why_off: str) -> DevicePass:

@@ -17,6 +17,7 @@ from torch.nn import functional
 from offload_moe.quant import Codec, ExpertShape, Plane, get_codec
 from offload_moe.quant.blockwise import BlockwiseCodec, bias_of
 from offload_moe.quant.gguf import GgufCodec
+from offload_moe.quant.gguf_device import decode_anywhere, rows_of_panels
 from offload_moe.quant.layout import BLOCK
 from offload_moe.quant.nf4 import dynamic_map
 from offload_moe.quant.panels import from_panels
@@ -54,7 +55,7 @@ class RecordLinear:
         if self._codec.name == "nf4":
             return self._nf4(x, record, bias)
         if isinstance(self._codec, GgufCodec):
-            return functional.linear(x, self._codec.matrix(self._shape, record, self._matrix.name).to(x), bias)
+            return self._of_blocks(x, record, bias)
         if isinstance(self._codec, BlockwiseCodec):
             return self._decoded(x, record, bias)
         values = _view(record, self._planes["values"]).to(x.dtype)
@@ -79,6 +80,18 @@ class RecordLinear:
             absmax_offset=_view(record, planes["absmax_offset"]).view(()),
         )
         return out
+
+    def _of_blocks(self, x: Tensor, record: Tensor, bias: Tensor | None) -> Tensor:
+        """A matrix of GGUF's types, decoded by tiles of each part's rows."""
+        assert isinstance(self._codec, GgufCodec)
+        outs, step = [], tile_rows(self._matrix.in_features)
+        for part in self._codec.parts(self._shape):
+            if part.matrix.name != self._matrix.name:
+                continue
+            rows = _view(record, self._planes[part.plane.removeprefix(f"{self._matrix.name}.")]).view(part.num_rows, -1)
+            outs += [functional.linear(x, decode_anywhere(part.kind, tile).to(x)) for tile in rows.split(step)]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+        return out if bias is None else out + bias
 
     def _decoded(self, x: Tensor, record: Tensor, bias: Tensor | None) -> Tensor:
         num_rows = self._matrix.out_features
@@ -107,6 +120,11 @@ class RecordLinear:
 def in_rows(record: Tensor, shape: ExpertShape, codec: Codec) -> Tensor:
     """A copy of a record in panels with its rows one after another, made where it lies."""
     layout, rows = codec.layout(shape), record.clone()
+    if isinstance(codec, GgufCodec):
+        for part in codec.parts(shape):
+            panels = layout.view(rows, part.plane)
+            panels.copy_(rows_of_panels(part.kind, panels, part.num_rows).flatten())
+        return rows
     for index, matrix in enumerate(shape.matrices):
         num_parts = 2 if shape.has_gate and index == 0 else 1
         for name in PANEL_PLANES[codec.name]:
@@ -142,7 +160,7 @@ def _linear_of(shape: ExpertShape, codec_name: str, name: str) -> RecordLinear:
 
 def keeps_module_order(codec: Codec) -> bool:
     """Whether the first matrix has gate and up rows in the module's order; otherwise gate comes before up."""
-    return not isinstance(codec, BlockwiseCodec)
+    return not isinstance(codec, BlockwiseCodec | GgufCodec)
 
 
 def _part(plane: Plane, tile: slice, num_rows: int) -> Plane:

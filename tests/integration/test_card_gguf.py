@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.card_machine import card_machine
 from support.card_model import card_model, check_tables, logits
 from support.cuda import fake, shim
 from support.gguf_models import MIXED, write_model
 from support.models import open_model
 
+from offload_moe import load
 from offload_moe.convert.sources import ensure_view
 from offload_moe.errors import DevicePassUnavailable
 
@@ -80,3 +82,17 @@ def test_what_has_no_kernel_is_named(
         card_model(store, driver, NUM_SLOTS, ON_CARD, dense_codec=None, shim_mode="quick") as model,
     ):
         logits(model.hf)
+
+
+def test_a_file_on_a_named_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through `load`: the answer of the CPU, token for token."""
+    path = write_model(tmp_path, "qwen3_moe", "Q4_K", Q4_K_M, tie_word_embeddings=True).path
+    settings: dict[str, Any] = {"prefetch": 0, "context": 256}
+    with card_machine(monkeypatch), load(path, device="cuda", **settings) as model:
+        assert str(model.fast_path).startswith("Decode takes the device pass through all")
+        found = logits(model.hf)
+        assert model.stats.num_acquires > 0
+    monkeypatch.undo()
+    monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path / "cache"))
+    with load(path, **settings) as model:
+        assert torch.equal(logits(model.hf), found)

@@ -260,8 +260,20 @@ def test_a_card_that_is_not_used_is_named_with_the_reason(tmp_path: Path, monkey
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(unused_card, "find_nvidia", lambda: Nvidia(driver="580.1", name="RTX 3060"))
     path = write_model(tmp_path, "qwen3_moe").path
-    with pytest.warns(UserWarning, match=r"RTX 3060 is not used. The types of GGUF .* on the CPU"), load(path) as model:
+    reason = r"No card computes model.embed_tokens.weight in Q5_K"
+    with (
+        pytest.warns(UserWarning, match=rf"RTX 3060 is not used. {reason}: `offload-moe quantize"),
+        load(path) as model,
+    ):
         assert not any("driver" in notice for notice in model.notices)
+    with pytest.raises(ConfigError, match=rf"{reason}.* Leave --device cuda out"):
+        load(path, device="cuda")
+    path = write_model(tmp_path / "Q8_0", "qwen3_moe", "Q8_0", {"none": ""}).path
+    with pytest.warns(UserWarning, match="RTX 3060 is not used. GGUF files .* unless a device is named"), load(path):
+        pass
+    path = write_model(tmp_path / "gate", "qwen3_moe", "Q8_0", {"ffn_gate_exps": "Q4_K"}).path
+    with pytest.raises(ConfigError, match="No card computes experts in gguf:Q4_K,Q8_0,Q8_0, whose gate and up"):
+        load(path, device="cuda")
 
 
 def test_a_conversation(tmp_path: Path) -> None:

@@ -17,11 +17,23 @@ def test_panels_and_back(rows: int, count: int) -> None:
     assert rows < 16 or not torch.equal(panels.view(rows, count), elements)
 
 
-@pytest.mark.parametrize("codec_name", ["nf4", "int8", "mxfp4"])
-@pytest.mark.parametrize("names", [("gate_up_proj", "down_proj"), ("weight",)])
+EXPERT, WEIGHT = ("gate_up_proj", "down_proj"), ("weight",)
+SIZES = {"gate_up_proj": (96, 64), "down_proj": (64, 48), "weight": (40, 128)}
+SIZES_OF_256 = {"gate_up_proj": (512, 256), "down_proj": (40, 256), "weight": (40, 512)}
+
+
+@pytest.mark.parametrize(
+    ("codec_name", "names"),
+    [
+        *((codec, names) for codec in ("nf4", "int8", "mxfp4") for names in (EXPERT, WEIGHT)),
+        ("gguf:Q4_K,Q4_K,Q6_K", EXPERT),
+        ("gguf:MXFP4,Q8_0,Q8_0", EXPERT),
+        ("gguf:Q6_K", WEIGHT),
+    ],
+)
 def test_a_record_is_copied_to_the_rows_that_it_was_made_of(codec_name: str, names: tuple[str, ...]) -> None:
     codec = get_codec(codec_name)
-    sizes = {"gate_up_proj": (96, 64), "down_proj": (64, 48), "weight": (40, 128)}
+    sizes = SIZES_OF_256 if codec_name.startswith("gguf") else SIZES
     shape = ExpertShape(
         matrices=tuple(Matrix(name=name, out_features=sizes[name][0], in_features=sizes[name][1]) for name in names)
     )

@@ -152,20 +152,22 @@ def issue_bound(card: Card, cost: dict[str, int]) -> float:
 # By rows of activations: registers of a thread that leave two blocks of 256 threads on a multiprocessor, or one.
 MOST_REGISTERS = {1: 128, 2: 168, 4: 208, 8: 255}
 KEEPS_COLUMNS = ("DELTA",)  # of a state, in registers: one block on a multiprocessor
+MOST_OF_SUPERBLOCKS = {1: 128, 2: 168, 4: 255, 8: 255}  # of GGUF's types, which have two sums for each row
+SUPERBLOCKS = ("OM_Q4_K", "OM_Q6_K")
 # Left where a number of resident thread blocks is set: bytes of a thread, and accesses in the loop over codes.
 MOST_SPILLS, MOST_LOOP_SPILLS = 32, 1
 
 
-def problems(kind: str, rows: int, cost: dict[str, int]) -> list[str]:
-    """What is wrong with a kernel."""
-    found = []
+def problems(kind: str, rows: int, cost: dict[str, int], codec: str = "") -> list[str]:
+    """What is wrong with a kernel. codec: of its matrices, by its name in the kernels."""
+    ceilings = MOST_OF_SUPERBLOCKS if codec in SUPERBLOCKS else MOST_REGISTERS
+    found, most = [], ceilings[8 if kind in KEEPS_COLUMNS else rows]
     if cost["spills"] > MOST_SPILLS:
         found.append(f"{cost['spills']} bytes of spills")
     if cost.get("loop_spills", 0) > MOST_LOOP_SPILLS:
         found.append(f"{cost['loop_spills']} spills in the loop over codes")
-    most_registers = MOST_REGISTERS[8 if kind in KEEPS_COLUMNS else rows]
-    if cost["registers"] > most_registers:
-        found.append(f"{cost['registers']} registers, more than {most_registers}")
+    if cost["registers"] > most:
+        found.append(f"{cost['registers']} registers, more than {most}")
     if kind in READS_CODES and "instructions" in cost and not cost["code_bytes"]:
         found.append("its codes are not loaded 16 bytes at a time")
     return found
