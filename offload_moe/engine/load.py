@@ -81,7 +81,7 @@ def load(
     engine = build(store, _blueprint(store, chosen, planned, device_pass), planned.skeleton, planned.mtp)
     with closed_on_error(engine.hierarchy):
         model = _make_model(store, chosen, planned, engine, device_pass, progress)
-        _speculate(model, chosen, draft)
+        _speculate(model, chosen, draft, is_planned=planned.has_memory_for(chosen.speculate))
     of_machine = [*_notices_of_machine(store, chosen, device), *device_pass.notices]
     _notify(model, [*conversion_notices, *engine.notices], of_machine)
     return model
@@ -103,6 +103,10 @@ class Planned:
     shape: ModelShape
     placement: Placement
     draft_token_bytes: int
+
+    def has_memory_for(self, choice: Choice) -> bool:
+        """Whether answers may guess: not with "off", where layers keep the states before guesses, too."""
+        return choice != "off" or not any(layer.earlier for layer in self.shape.attention.cache_layers)
 
 
 def _options(options: LoadOptions | None, keywords: LoadKeywords) -> LoadOptions:
@@ -155,8 +159,11 @@ def _open_store(source: str | Path, options: LoadOptions, progress: Progress) ->
     return store, [*notices, *store.notices]
 
 
-def _speculate(model: Model, options: LoadOptions, draft: DraftFiles | None) -> None:
-    """Choose how tokens are guessed. Raises: ConfigError where the draft has another vocabulary."""
+def _speculate(model: Model, options: LoadOptions, draft: DraftFiles | None, *, is_planned: bool) -> None:
+    """Choose how tokens are guessed. Raises: ConfigError where the draft has another vocabulary.
+
+    is_planned: as of `Speculation`.
+    """
     hf = model.hf
     sources: dict[Choice, Makers] = {}
     if model.engine.mtp is not None:
@@ -171,7 +178,9 @@ def _speculate(model: Model, options: LoadOptions, draft: DraftFiles | None) -> 
     why_off = ""
     if options.speculate == "mtp" and "mtp" not in sources:
         why_off = "the layer for multi-token prediction is computed on the CPU alone; --speculate ngram works here"
-    set_speculation(hf, Speculation(hf, options.speculate, model.stats, sources, why_off=why_off))
+    set_speculation(
+        hf, Speculation(hf, options.speculate, model.stats, sources, why_off=why_off, is_planned=is_planned)
+    )
 
 
 def _plan(store: Store, options: LoadOptions, device: torch.device, draft: DraftFiles | None) -> Planned:

@@ -36,11 +36,13 @@ class Speculation:
         sources: Mapping[Choice, Makers] = MappingProxyType({}),
         *,
         why_off: str = "",
+        is_planned: bool = True,
     ) -> None:
         """sources: what makes those of a conversation, by choice, beside and in place of what every model has.
 
-        why_off: a reason beside those of the model.
+        why_off: a reason beside those of the model. is_planned: the plan has the memory that guesses take.
         """
+        self._is_planned = is_planned
         self.choice: Choice = choice
         self.why_off = why_no_rows(hf) or why_off
         self.is_paused = False
@@ -53,11 +55,16 @@ class Speculation:
     def conversation(self, choice: Choice | None = None) -> Speculator | None:
         """Guesses for one conversation; None where there are none. choice: None takes the model's.
 
-        Raises: ConfigError where this source was not loaded with the model.
+        Raises: ConfigError where this source was not loaded with the model, or no memory was planned for guesses.
         """
         chosen = self.choice if choice is None else choice
         if chosen == "off" or self.why_off or self.is_paused:
             return None
+        if not self._is_planned:
+            raise ConfigError(
+                "The model was loaded with speculate='off', so no memory was planned for the earlier states of linear "
+                f"attention that guesses take. Load it with speculate={chosen!r}, or leave speculate out."
+            )
         if chosen not in self._sources:
             what = "a draft model" if chosen == "draft" else "its layer for multi-token prediction"
             raise ConfigError(f"The model was loaded without {what}. Load it with speculate={chosen!r}.")

@@ -18,6 +18,7 @@ from offload_moe.chat.steering import Steering
 from offload_moe.chat.stream import TokenStream
 from offload_moe.convert.quantize import quantize
 from offload_moe.engine.model import Model
+from offload_moe.errors import ConfigError
 from offload_moe.families.cache_name import with_cache
 from offload_moe.residency.counters import Counters
 from offload_moe.speculate.costs import PassCosts
@@ -320,6 +321,17 @@ def test_exact_numbers_are_not_guessed(stores: dict[str, Path]) -> None:
         assert "fast path" in speculation_of(model.hf).why_off
         assert any("No tokens are guessed" in notice for notice in model.notices)
         assert speculation_of(model.hf).conversation() is None
+
+
+def test_guesses_whose_states_were_not_planned_are_refused(stores: dict[str, Path]) -> None:
+    """Loaded without guesses, a model with states has memory for those of shared passes alone; others need none."""
+    with open_model(stores["qwen3_next"], speculate="off") as model:
+        with pytest.raises(ConfigError, match=r"no memory was planned for the earlier states .* speculate='ngram'"):
+            speculation_of(model.hf).conversation("ngram")
+        assert speculation_of(model.hf).conversation() is None
+        assert speculation_of(model.hf).may_share
+    with open_model(stores["mixtral"], speculate="off") as model:
+        assert speculation_of(model.hf).conversation("ngram") is not None
 
 
 def test_recording_pauses_guesses(model: Model) -> None:
