@@ -17,6 +17,7 @@ from offload_moe.native import kernels
 from tests.support.cuda import shim
 from tests.support.cuda.attention import Inputs, Pass, array, load
 from tests.support.cuda.bits import Floats, address, are_same, random_floats
+from tests.support.cuda.card import copied
 from tests.support.cuda.pages import STRUCTS
 
 EPSILON = 1e-6
@@ -86,7 +87,7 @@ class DeltaCase:
         heads, channels = sizes.num_heads, sizes.num_channels
         self.conv_weight = self._floats(channels, sizes.num_taps)
         self.conv_bias = self._floats(channels) if sizes.has_bias else None
-        self.decays, self.time_biases = -np.abs(self._floats(heads)), self._floats(heads, scale=3.0)
+        self.decays, self.time_biases = copied(-np.abs(self._floats(heads))), self._floats(heads, scale=3.0)
         self.norm = self._floats(sizes.value_dim) + 1
         self.projected = [self._floats(self.num_rows, width) for width in sizes.widths]
         self.inputs = [self._floats(NUM_PLACES, channels, sizes.num_taps) for _ in sequences]
@@ -167,4 +168,4 @@ class DeltaCase:
 
     def _floats(self, *shape: int, scale: float = 1.0) -> Floats:
         num_special = self._num_special if self.random.random() < 0.25 else 0
-        return random_floats(self.random, *shape, scale=scale, num_special=num_special)
+        return copied(random_floats(self.random, *shape, scale=scale, num_special=num_special)).reshape(shape)
