@@ -12,7 +12,6 @@ from offload_moe.card.states import give_back
 from offload_moe.decode.forward import Seam, SeveralCaches
 from offload_moe.decode.hooks import Bypass
 from offload_moe.decode.next_token import Draw, TokenPass, Wanted
-from offload_moe.errors import UnsupportedModelError
 from offload_moe.families.cache_name import cache_in
 from offload_moe.native.constants import MAX_ROWS
 
@@ -52,26 +51,22 @@ class CardForward(Seam):
         self._thread = _Thread()
 
     def __call__(self, *args: Any, wanted: Wanted | None = None, **kwargs: Any) -> Any:
-        several = cache_in(kwargs)
-        if isinstance(several, SeveralCaches):
-            return self._pass_several(kwargs["input_ids"], several, wanted)
         self._thread.wanted = wanted
-        output = None if args else self._pass(**kwargs)
-        if output is None:
-            self.plan.card.begin_other_forward()
-            give_back(kwargs.get("past_key_values"))
-            with named("forward by modules"):
-                output = self._modules_forward(*args, **kwargs)
-        return output
+        return super().__call__(*args, **kwargs)
 
-    def _pass_several(self, input_ids: Tensor, several: SeveralCaches, wanted: Wanted | None) -> Any:
-        """The next token of each of several sequences."""
+    def _by_modules(self, *args: Any, **kwargs: Any) -> Any:
+        self.plan.card.begin_other_forward()
+        give_back(cache_in(kwargs))
+        with named("forward by modules"):
+            return super()._by_modules(*args, **kwargs)
+
+    def _pass_several(self, input_ids: Tensor, several: SeveralCaches) -> Any:
         plan, caches, ids = self.plan, several.caches, input_ids[0].tolist()
         are_apart = len({id(cache) for cache in caches}) == len(caches) == len(ids) <= MAX_ROWS
         is_usual = are_apart and self._is_usual({}) and plan.bypass.is_clear
         if not is_usual or not all(plan.fits(cache) for cache in caches):
-            raise UnsupportedModelError("These sequences cannot be computed in one pass. Compute each alone.")
-        places = [cache.get_seq_length() for cache in caches]
+            return None
+        places, wanted = [cache.get_seq_length() for cache in caches], self._thread.wanted
         return self._output(plan.card.run(ids, places, caches, wanted), several, wanted)
 
     def has_graphs(self, num_rows: int) -> bool:

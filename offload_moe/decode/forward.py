@@ -66,10 +66,20 @@ class Seam:
         self._has_said = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not args:
-            output = self._pass(**kwargs)
-            if output is not None:
-                return output
+        several = cache_in(kwargs)
+        if isinstance(several, SeveralCaches):
+            output = self._pass_several(kwargs["input_ids"], several)
+            if output is None:
+                raise UnsupportedModelError("These sequences cannot be computed in one pass. Compute each alone.")
+            return output
+        output = None if args else self._pass(**kwargs)
+        return self._by_modules(*args, **kwargs) if output is None else output
+
+    def _pass_several(self, input_ids: Tensor, several: SeveralCaches) -> Any:
+        """The next token of each of several sequences; None where they cannot be computed in one pass."""
+        raise NotImplementedError
+
+    def _by_modules(self, *args: Any, **kwargs: Any) -> Any:
         return self._modules_forward(*args, **kwargs)
 
     def takes(self, cache: Any, num_tokens: int) -> bool:
@@ -156,17 +166,9 @@ class DecoderForward(Seam):
         super().__init__(decoder)
         self.plan = plan
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        several = cache_in(kwargs)
-        if isinstance(several, SeveralCaches):
-            return self._pass_several(kwargs["input_ids"], several)
-        return super().__call__(*args, **kwargs)
-
     def _pass_several(self, input_ids: Tensor, several: SeveralCaches) -> Any:
         hidden = self.pass_rows(list(zip(input_ids[0].split(1), several.caches, strict=True)))
-        if hidden is None:
-            raise UnsupportedModelError("These sequences cannot be computed in one pass. Compute each alone.")
-        return self.plan.wiring.make_output(hidden[None], several)
+        return None if hidden is None else self.plan.wiring.make_output(hidden[None], several)
 
     def _has_place(self, cache: Any, num_tokens: int) -> bool:
         """A cache without tokens may get empty layers for that."""

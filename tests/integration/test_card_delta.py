@@ -20,6 +20,7 @@ from offload_moe.decode import keep_next, next_logits, roll_back, takes_rows
 from offload_moe.decode.cache import give_room
 from offload_moe.decode.states import StatesLayer
 from offload_moe.errors import TransferError
+from offload_moe.families.cache_name import with_cache
 from tests.integration.test_card_pass import check_tables
 from tests.support.passes import contents
 
@@ -43,13 +44,13 @@ def on_card(store: Path, num_vram: int = ALL, shim_mode: str = "quick") -> Itera
 def after_prompt(hf: Any, length: int = NUM_PROMPT) -> Any:
     cache, (ids, _) = DynamicCache(config=hf.config), tiny_prompt(1, length)
     give_room(cache, 512, torch.bfloat16)
-    hf(input_ids=ids, past_key_values=cache, use_cache=True)
+    hf(input_ids=ids, **with_cache(cache), use_cache=True)
     return cache
 
 
 def passed(hf: Any, cache: Any, tokens: list[int]) -> Tensor:
     found: Tensor = hf.get_decoder()(
-        input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True
+        input_ids=torch.tensor([tokens]), **with_cache(cache), use_cache=True
     ).last_hidden_state[0]
     return found.clone()
 

@@ -71,15 +71,6 @@ static void release_share(om_slot_table *ram, const share *s) {
     pthread_mutex_unlock(&ram->lock);
 }
 
-/* Each pair gets a row of its own, and the weight 1. */
-static void scale_inputs(const om_card_options *o, share *s) {
-    for (int32_t n = 0; n < s->offsets[s->num_experts]; n++) {
-        const float *x = o->host_normed + s->row_ids[n] * o->hidden;
-        for (int64_t i = 0; i < o->hidden; i++) o->scaled[n * o->hidden + i] = s->weights[n] * x[i];
-        s->row_ids[n] = n, s->weights[n] = 1.0f;
-    }
-}
-
 static int compute_share(om_device_pass *pass, share *s) {
     const om_card_options *o = pass->options;
     const om_card_layer *layer = pass->steps->layers + pass->at;
@@ -88,8 +79,8 @@ static int compute_share(om_device_pass *pass, share *s) {
     const int64_t row_bytes = o->hidden * (int64_t)sizeof(float);
     om_host_access(pass->driver, o->host_normed, pass->num_rows * row_bytes, OM_HOST_READS);
     om_host_access(pass->driver, o->host_pairs, pass->num_rows * layer->stride * row_bytes, OM_HOST_WRITES);
-    if (layer->scales_inputs) scale_inputs(o, s);
     const int64_t num_inputs = layer->scales_inputs ? s->offsets[s->num_experts] : pass->num_rows;
+    if (layer->scales_inputs) om_scale_inputs(o->host_normed, o->hidden, s->row_ids, num_inputs, s->weights, s->row_ids, o->scaled);
     const int status = om_moe_forward(layer->moe, layer->scales_inputs ? o->scaled : o->host_normed, num_inputs, OM_F32, s->records,
                                       s->offsets, s->row_ids, s->out_ids, s->weights, s->num_experts, o->host_pairs, OM_F32, 0);
     pass->cpu_s += om_card_seconds() - began_s;

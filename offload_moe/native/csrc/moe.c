@@ -204,6 +204,16 @@ static int is_in_range(const int32_t *offsets, const int32_t *token_ids, int64_t
     return 1;
 }
 
+void om_scale_inputs(const float *x, int64_t hidden, const int32_t *row_ids, int64_t num_pairs, float *weights, int32_t *own_rows,
+                     float *scaled) {
+    for (int64_t pair = 0; pair < num_pairs; pair++) {
+        const float *row = x + row_ids[pair] * hidden, weight = weights[pair];
+        for (int64_t i = 0; i < hidden; i++) scaled[pair * hidden + i] = weight * row[i];
+        own_rows[pair] = (int32_t)pair;
+        weights[pair] = 1.0f;
+    }
+}
+
 /* out[T, H] = (accumulate: +=) the experts' weighted sum for x[T, H]. Pairs of expert e: offsets[e] .. offsets[e + 1] of
  * token_ids and pair_weights. An `out` of bf16 is rounded once, at the end, and cannot be accumulated into.
  * Records in panels (both matrices) are multiplied with int8 activations, rows with fp32 ones. out_ids: the row of `out`, then

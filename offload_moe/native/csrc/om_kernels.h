@@ -146,4 +146,9 @@ OM_INLINE float om_e8m0(uint8_t exponent) {
     return value;
 }
 
+/* For experts whose inputs are scaled: each pair gets a row of its own, weight * x[row], and the weight 1. `own_rows` may be
+ * `row_ids`. */
+void om_scale_inputs(const float *x, int64_t hidden, const int32_t *row_ids, int64_t num_pairs, float *weights, int32_t *own_rows,
+                     float *scaled);
+
 #endif

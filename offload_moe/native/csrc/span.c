@@ -206,12 +206,7 @@ static int forward(const om_pass *pass, int64_t at, om_pairs *pairs, const int32
     if (!layer->scales_inputs)
         return om_moe_forward(layer->experts, pass->rows->normed, pass->rows->num_rows, OM_F32, pairs->records, pairs->offsets,
                               pairs->row_ids, out_ids, pairs->weights, num_experts, out, OM_F32, 0);
-    for (int32_t pair = 0; pair < num_pairs; pair++) {
-        const float *x = pass->rows->normed + pairs->row_ids[pair] * hidden, weight = pairs->weights[pair];
-        for (int64_t i = 0; i < hidden; i++) pass->rows->scaled[pair * hidden + i] = weight * x[i];
-        own_rows[pair] = pair;
-        pairs->weights[pair] = 1.0f;
-    }
+    om_scale_inputs(pass->rows->normed, hidden, pairs->row_ids, num_pairs, pairs->weights, own_rows, pass->rows->scaled);
     return om_moe_forward(layer->experts, pass->rows->scaled, num_pairs, OM_F32, pairs->records, pairs->offsets, own_rows,
                           out_ids != NULL ? out_ids : pairs->row_ids, pairs->weights, num_experts, out, OM_F32, 0);
 }
