@@ -69,7 +69,8 @@ def test_llama4_writes_text_from_the_multimodal_checkpoint(tmp_path: Path) -> No
         if "inv_freq" not in name:
             tensor.copy_(torch.randn(tensor.shape) * 0.1)
     whole.save_pretrained(tmp_path / "checkpoint")
-    oracle = type(whole).from_pretrained(tmp_path / "checkpoint", dtype=torch.float32).eval()
+    # Of the whole model, which transformers 5.24 cannot run.
+    oracle = type(whole).from_pretrained(tmp_path / "checkpoint", dtype=torch.float32).eval().language_model
     said: list[str] = []
     with load(tmp_path / "checkpoint", codec="bf16", progress=lambda phase, *_: said.append(phase)) as model:
         assert torch.equal(prompt_and_decode(model.hf), prompt_and_decode(oracle))

@@ -34,6 +34,7 @@ class Model:
     router: tuple[int, ...]
     are_scaled: bool = False  # inputs of experts
     rotation: str = "HALVES"
+    types: tuple[str, ...] = ()  # of GGUF files
     rotated: int | None = None
     delta: tuple[int, ...] | None = None
 
@@ -47,6 +48,7 @@ MODELS = {
         head_dim=128,
         norm="NORM_OF_HEAD",
         router=(128, 8, 1, 1, 1, 0, 1),
+        types=("Q4_K", "Q6_K", "Q8_0", "GGUF_MXFP4"),
     ),
     "OLMoE-1B-7B": Model(
         hidden=2048, inner=1024, heads=16, kv_heads=16, head_dim=128, norm="NORM_OF_ALL", router=(64, 8, 1, 1, 1, 0, 0)
@@ -69,7 +71,15 @@ MODELS = {
         head_dim=64,
         router=(32, 4, 1, 1, 1, 0, 1),
     ),
-    "Mixtral-8x7B": Model(hidden=4096, inner=14336, heads=32, kv_heads=8, head_dim=128, router=(8, 2, 1, 1, 1, 0, 1)),
+    "Mixtral-8x7B": Model(
+        hidden=4096,
+        inner=14336,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        router=(8, 2, 1, 1, 1, 0, 1),
+        types=("Q4_K", "Q6_K"),
+    ),
     "DeepSeek-V3": Model(
         hidden=7168,
         inner=2048,
@@ -109,13 +119,16 @@ MODELS = {
 def kernels(model: Model, rows: int) -> Iterator[Kernel]:
     """Definitions for one number of rows, those that do not depend on it for one row only."""
     hidden, inner, activation = model.hidden, model.inner, f"OM_{model.activation}"
-    for codec in model.codecs:
+    for codec in (*model.codecs, *model.types):
         yield _line("FIRST", f"OM_{codec}", hidden, inner, rows, activation, 1)
         yield _line("SECOND", f"OM_{codec}", inner, hidden, rows)
     for codec in ("NF4", "INT8"):
         for width in model.mlps:
             yield _line("MLP_FIRST", f"OM_{codec}", f"OM_{codec}", hidden, width, rows, activation)
             yield _line("MLP_SECOND", f"OM_{codec}", width, hidden, rows)
+        for columns in sorted({hidden, out_columns(model)}):
+            yield _line("LINEAR", f"OM_{codec}", columns, rows)
+    for codec in model.types:
         for columns in sorted({hidden, out_columns(model)}):
             yield _line("LINEAR", f"OM_{codec}", columns, rows)
     for width in model.mlps:
@@ -129,7 +142,8 @@ def kernels(model: Model, rows: int) -> Iterator[Kernel]:
     yield _line("QUANTIZE", out_columns(model))
     if model.are_scaled:
         yield _line("SCALE", hidden)
-    yield _line("EMBED", "OM_BF16", hidden)
+    for codec in ("BF16", *(kind for kind in model.types if kind != "GGUF_MXFP4")):
+        yield _line("EMBED", f"OM_{codec}", hidden)
     yield ("GREATEST",)
     yield ("CHOOSE",)
 
