@@ -24,7 +24,7 @@ FAMILIES = {
     "gpt-oss": Family(
         codec="mxfp4", hidden=96, intermediate=96, top_k=3, activation="gpt_oss", has_bias=True, compiled=4
     ),
-    "llama4": Family(codec="nf4", hidden=200, intermediate=48, top_k=2, compiled=4, are_scaled=True),
+    "llama4": Family(codec="nf4", hidden=264, intermediate=48, top_k=2, compiled=4, are_scaled=True),
     "Q4_K_M": Family(codec="gguf:Q4_K,Q4_K,Q6_K", hidden=256, intermediate=256, top_k=2),
     # more superblocks than are multiplied at a time
     "Q4_K and Q8_0": Family(
@@ -88,6 +88,18 @@ def test_extreme_groups_and_scales(name: str) -> None:
     spoiled = library_rows(family, records, x, choice)
     assert np.isnan(spoiled).sum() > np.isnan(plain).sum()
     assert np.array_equal(bits(run(family, records, x, choice)), bits(spoiled))
+
+
+def test_tiny_and_infinite_groups_have_no_quants() -> None:
+    """In a sum with other groups a tiny one is lost, so quants and scales are compared themselves."""
+    family = FAMILIES["qwen3, 8 rows"]
+    layer, x = CardExperts(family, family.records(), COMPILED, 8, 0), extreme_rows(8, family.hidden)
+    layer.quantize(x)
+    quants, scales = layer.input["quants"].reshape(8, -1, 64)[:, 1], layer.input["scales"].reshape(8, -1)[:, 1]
+    is_usable = np.isfinite(x[:, 64]) & (np.abs(x[:, 64]) >= 2.0**-100)
+    assert np.array_equal((quants != 0).all(axis=1), is_usable)
+    assert np.array_equal(np.isnan(scales), ~np.isfinite(x[:, 64]))
+    assert np.array_equal(scales > 0, is_usable)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3, 8 rows"])

@@ -115,11 +115,13 @@ template <int CODEC, int COLS, int GROUP, int PARTS, int R> struct panel_group {
 };
 
 /* Thread blocks that the registers of a multiprocessor suffice for: one row leaves 64 registers a thread, enough for its loads, or
- * 80 for int8, GGUF's blocks of 32 and where there is code for panels of fewer than 16 rows; two rows 96, more take what they need.
- * Superblocks have 128 and 168. Without a number ptxas spills a few of them. */
+ * 80 for int8, GGUF's blocks of 32 and where there is code for panels of fewer than 16 rows (both: 96); two rows 96, more take what
+ * they need. Superblocks have 128 and 168. Without a number ptxas spills a few of them. */
 template <int CODEC, int THREADS, int T, bool ARE_WHOLE> struct occupancy {
     static constexpr bool ARE_LARGE = OM_IS_OF_256(CODEC), ARE_SMALL = ARE_WHOLE && CODEC != OM_INT8 && !OM_IS_GGUF(CODEC);
-    static constexpr int OF_ONE_ROW = ARE_LARGE ? 512 : ARE_SMALL ? 1024 : 768, OF_TWO = ARE_LARGE ? 384 : 640;
+    static constexpr bool IS_GGUF_LINEAR = OM_IS_GGUF(CODEC) && !ARE_WHOLE;
+    static constexpr int OF_ONE_ROW = ARE_LARGE ? 512 : ARE_SMALL ? 1024 : IS_GGUF_LINEAR ? 640 : 768;
+    static constexpr int OF_TWO = ARE_LARGE ? 384 : 640;
     static constexpr int MOST = T == 1 ? OF_ONE_ROW : T == 2 ? OF_TWO : THREADS;
     static constexpr int BLOCKS = MOST > THREADS ? MOST / THREADS : 1;
 };

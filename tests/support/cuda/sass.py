@@ -155,7 +155,7 @@ KEEPS_COLUMNS = ("DELTA",)  # of a state, in registers: one block on a multiproc
 MOST_OF_SUPERBLOCKS = {1: 128, 2: 168, 4: 255, 8: 255}  # of GGUF's types, which have two sums for each row
 SUPERBLOCKS = ("OM_Q4_K", "OM_Q6_K")
 # Left where a number of resident thread blocks is set: bytes of a thread, and accesses in the loop over codes.
-MOST_SPILLS, MOST_LOOP_SPILLS = 32, 1
+MOST_SPILLS, MOST_LOOP_SPILLS = 40, 1
 
 
 def problems(kind: str, rows: int, cost: dict[str, int], codec: str = "") -> list[str]:
