@@ -84,9 +84,9 @@ def test_info_before_and_after_the_download(
 def test_types_that_have_no_kernel_are_refused_before_the_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = repository(tmp_path / "repository", kind="F16")
+    path = repository(tmp_path / "repository", kind="IQ2_XXS")
     with hub_in_use(path.parent, tmp_path / "hub", monkeypatch) as hub:
-        with pytest.raises(CheckpointError, match=r"tensor blk\.0\.ffn_gate_exps\.weight is F16"):
+        with pytest.raises(CheckpointError, match=r"tensor blk\.0\.ffn_gate_exps\.weight is IQ2_XXS"):
             quantize(NAME, tmp_path / "store")
         assert sent(hub) < whole(hub) / 4
         quantize(NAME, tmp_path / "store", codec="int8")
