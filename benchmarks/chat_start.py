@@ -1,4 +1,4 @@
-"""How long `offload-moe chat` takes to its prompt, and what the time is spent on.
+"""How long `offload-moe chat` takes to its prompt and to its model, and what the time is spent on.
 
     python benchmarks/chat_start.py demo
 
@@ -20,10 +20,10 @@ import harness
 START = "import sys; from offload_moe_cli.main import main; sys.exit(main(sys.argv[1:]))"
 # What appears on the screen at the end of each phase, in this order.
 PHASES = {
-    "interpreter and arguments": b"Loading libraries",
-    "libraries": b"Loading {model}",
-    "model": b"is ready",
+    "interpreter and arguments": b"\x1b[?2004h",
+    "line editor": b"\x1b[?2004l",
     "prompt": b"\x1b[?2004h",
+    "model": b"is ready",
 }
 IMPORT = "import offload_moe.engine.load"
 NUM_PACKAGES = 8
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = [time_phases(options.model) for _ in range(NUM_WARMUPS + options.trials)][NUM_WARMUPS:]
     phases = {name: harness.spread([run[name] for run in runs]) for name in (*PHASES, "in all")}
     imports = import_seconds()
-    print(f"| until the prompt of {options.model} | median s | min | max |\n|---|---|---|---|")
+    print(f"| until {options.model} is ready | median s | min | max |\n|---|---|---|---|")
     for name, seconds in phases.items():
         print(f"| {name} | {seconds['median']:.2f} | {seconds['min']:.2f} | {seconds['max']:.2f} |")
     print("\n| imports of the libraries | s |\n|---|---|")
@@ -54,7 +54,7 @@ def time_phases(model: str) -> dict[str, float]:
     command = [sys.executable, "-c", START, "chat", model]
     with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True) as process:
         os.close(slave)
-        ends_s = [_seconds_until(master, sign.replace(b"{model}", model.encode())) for sign in PHASES.values()]
+        ends_s = [_seconds_until(master, sign) for sign in PHASES.values()]
         os.write(master, b"\x04")
         _drain(master)
         process.wait()

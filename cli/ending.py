@@ -1,4 +1,5 @@
-"""SIGTERM and SIGHUP end a command as Ctrl-C does: the terminal gets its echo back, and no scratch files stay."""
+"""How a command ends: by SIGTERM and SIGHUP as by Ctrl-C, so that the terminal gets its echo back and no scratch files
+stay; and beside a load that goes on."""
 
 import os
 import signal
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+LOADING = "offload-moe-load"  # the name of a thread that loads a model
 
 
 class EndedBySignal(BaseException):
@@ -29,6 +31,16 @@ def ended_by_signals() -> Iterator[None]:
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
+
+
+def end_beside_load(status: int) -> int:
+    """The status; the process ends with it at once where a thread still loads.
+
+    The interpreter's exit would stop the thread within libraries, some of which abort then.
+    """
+    if any(thread.name == LOADING for thread in threading.enumerate()):
+        os._exit(status)
+    return status
 
 
 def _is_main() -> bool:

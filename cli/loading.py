@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from offload_moe.system.names import check_model
+from offload_moe.system.progress import Progress
 
 from .imports import importing
 from .options import MEMORY, fill, load_arguments, sampling_arguments
@@ -29,20 +30,35 @@ def loaded_model(options: argparse.Namespace) -> "Iterator[Model]":
 
 def load_model(options: argparse.Namespace) -> "Model":
     """The model that the flags select, which the caller closes."""
+    check_flags(options)
+    with reporter() as report:
+        model = read_model(options, report)
+    announce(model)
+    return model
+
+
+def check_flags(options: argparse.Namespace) -> None:
+    """Find what can be found wrong without libraries, and fill in the user's own defaults."""
     check_model(options.model, options.revision)
     fill(options, *MEMORY)
-    with reporter() as report:
-        report("Loading libraries")
-        with importing():
-            from offload_moe.chat import Sampling
-            from offload_moe.engine.load import load
-            from offload_moe.engine.options import LoadOptions
 
-        chosen = LoadOptions().updated(load_arguments(options))
-        Sampling.of(sampling_arguments(options))
-        report(f"Loading {options.model}")
-        model = load(options.model, chosen, progress=report)
+
+def read_model(options: argparse.Namespace, report: Progress) -> "Model":
+    """Import the libraries, and load the model by checked flags."""
+    report("Loading libraries")
+    with importing():
+        from offload_moe.chat import Sampling
+        from offload_moe.engine.load import load
+        from offload_moe.engine.options import LoadOptions
+
+    chosen = LoadOptions().updated(load_arguments(options))
+    Sampling.of(sampling_arguments(options))
+    report(f"Loading {options.model}")
+    return load(options.model, chosen, progress=report)
+
+
+def announce(model: "Model") -> None:
+    """Print what a user should see of a load: its notices, and the plan."""
     for notice in model.notices:
         console(stderr=True).print(notice, style="bold yellow", soft_wrap=True)
     print(model.summary, file=sys.stderr)
-    return model

@@ -15,7 +15,7 @@ from offload_moe.system.names import did_you_mean
 from .command_parser import CommandParser
 from .commands import COMMANDS
 from .completion import COMPLETE, SCRIPTS, candidates, install
-from .ending import EndedBySignal, ended_by_signals
+from .ending import EndedBySignal, end_beside_load, ended_by_signals
 from .failures import one_line
 from .streams import discard_unwritten, flush_streams, prepare_streams, say_on_stderr
 from .terminal import quiet_libraries
@@ -30,10 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     prepare_streams()
     atexit.register(gc.freeze)  # else Python's last search for garbage takes a second in what libraries made
+    return end_beside_load(_main(sys.argv[1:] if argv is None else list(argv)))
+
+
+def _main(arguments: Sequence[str]) -> int:
     try:
         try:
             with ended_by_signals():
-                return _run(sys.argv[1:] if argv is None else list(argv))
+                return _run(arguments)
         finally:
             flush_streams()
     except BrokenPipeError:

@@ -19,6 +19,11 @@ def is_interactive() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
+def is_dumb() -> bool:
+    """Whether the terminal cannot move its cursor."""
+    return os.environ.get("TERM", "") in ("dumb", "unknown")
+
+
 def console(*, stderr: bool = False) -> "Console":
     """A rich console without markup or highlighting; rich itself honours NO_COLOR and TERM=dumb."""
     from rich.console import Console

@@ -1,6 +1,5 @@
 """A progress line for a long prompt, and the answer after it."""
 
-import os
 import shutil
 import sys
 import threading
@@ -8,6 +7,7 @@ from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
+from .terminal import is_dumb
 from .writer import AnswerWriter
 
 if TYPE_CHECKING:
@@ -53,9 +53,9 @@ def _report(session: "ChatSession", is_over: threading.Event) -> None:
         delay_s = INTERVAL_S
         before, line = line, progress_text(*session.prompt_progress)[: shutil.get_terminal_size().columns - 1]
         if line != before:
-            _put(f"\r{line:<{len(before)}}\r" if _is_dumb() else f"\r{line}\x1b[K")
+            _put(f"\r{line:<{len(before)}}\r" if is_dumb() else f"\r{line}\x1b[K")
     if line:
-        _put(f"\r{'':<{len(line)}}\r" if _is_dumb() else "\r\x1b[K")
+        _put(f"\r{'':<{len(line)}}\r" if is_dumb() else "\r\x1b[K")
 
 
 def progress_text(num_done: int, num_tokens: int) -> str:
@@ -63,10 +63,6 @@ def progress_text(num_done: int, num_tokens: int) -> str:
     if not num_tokens:
         return "Waiting"
     return f"Reading the prompt: {num_done:,} of {num_tokens:,} tokens, {num_done / num_tokens:.0%}"
-
-
-def _is_dumb() -> bool:
-    return os.environ.get("TERM", "") in ("dumb", "unknown")
 
 
 def _put(text: str) -> None:

@@ -23,13 +23,15 @@ class LeaveError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One command: its argument, its summary, the completions of Tab, and whether the argument may span lines."""
+    """One command: its argument, its summary, the completions of Tab, whether the argument may span lines, and whether
+    the model and its libraries must be there."""
 
     argument: str
     summary: str
     run: Callable[[Talk, str], None]
     choices: tuple[str, ...] = ()
     takes_lines: bool = False
+    needs_model: bool = True
 
 
 def is_command(message: str) -> bool:
@@ -57,6 +59,8 @@ def dispatch(talk: Talk, line: str) -> None:
             f"There is no command {name}.{_did_you_mean(name, (*COMMANDS, *ALIASES))} /help lists the commands. Begin "
             "a message with // to send a /."
         )
+    if command.needs_model:
+        talk.wait()
     command.run(talk, argument[0] if argument else "")
 
 
@@ -161,7 +165,7 @@ def _file(name: str, command: str) -> Path:
 
 
 COMMANDS = {
-    "/help": Command("", "this list", _help),
+    "/help": Command("", "this list", _help, needs_model=False),
     "/reset": Command("", "delete the conversation", _reset),
     "/system": Command("[TEXT]", "show or set the system prompt, - removes it", _system, takes_lines=True),
     "/set": Command("[NAME [VALUE]]", "show or change the sampling", _set, choices=tuple(SETTINGS)),
@@ -169,6 +173,6 @@ COMMANDS = {
     "/stats": Command("", "time and tokens of the last answer, and the memory in use", _stats),
     "/save": Command(FILE, "write the conversation to a file", _save),
     "/load": Command(FILE, "continue a saved conversation", _load),
-    "/exit": Command("", "leave", _exit),
+    "/exit": Command("", "leave", _exit, needs_model=False),
 }
 ALIASES = {"/?": "/help", "/quit": "/exit", "/bye": "/exit"}

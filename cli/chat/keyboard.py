@@ -1,10 +1,11 @@
 """The keyboard while an answer streams."""
 
-import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+
+from ..terminal import is_dumb
 
 PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"
 
@@ -44,6 +45,6 @@ def quiet_keyboard() -> Iterator[None]:
 
 
 def _mark_pastes(code: str) -> None:
-    if os.environ.get("TERM", "") not in ("dumb", "unknown"):
+    if not is_dumb():
         sys.stdout.write(code)
         sys.stdout.flush()

@@ -1,17 +1,25 @@
 """The chat loop: read a message, stream the answer, print its statistics."""
 
+from typing import TYPE_CHECKING
+
 from offload_moe.system.paths import state_dir
 
 from ..lines import UnreadableMessageError, read_message, read_piped_line
 from .commands import LeaveError, dispatch, is_command
 from .talk import Talk
 
+if TYPE_CHECKING:
+    from .opening import Opening
 
-def run_chat(talk: Talk) -> int:
-    """Chat until the end of input or /exit. Over a pipe each line is a turn and stdout carries the answers only."""
+
+def run_chat(talk: Talk, opening: "Opening | None" = None) -> int:
+    """Chat until the end of input or /exit. Over a pipe each line is a turn and stdout carries the answers only.
+
+    opening: where the model is still being loaded.
+    """
     try:
         if talk.is_interactive:
-            _run_interactive(talk)
+            _run_interactive(talk, opening)
         else:
             return _run_piped(talk)
     except LeaveError:
@@ -30,11 +38,11 @@ def take_turn(talk: Talk, message: str) -> None:
     talk.show(talk.session.send(text, **talk.sampling))
 
 
-def _run_interactive(talk: Talk) -> None:
+def _run_interactive(talk: Talk, opening: "Opening | None") -> None:
     from .history import MessageHistory
     from .prompt import CancelledError, Prompt
 
-    prompt = Prompt(MessageHistory(state_dir() / "chat_history.jsonl"))
+    prompt = Prompt(MessageHistory(state_dir() / "chat_history.jsonl"), opening)
     talk.confirm = prompt.confirm
     was_cancelled = False
     while True:
@@ -42,6 +50,8 @@ def _run_interactive(talk: Talk) -> None:
             take_turn(talk, prompt.read())
             was_cancelled = False
         except CancelledError as cancelled:
+            if cancelled.was_empty and opening is not None and not opening.is_over:
+                raise KeyboardInterrupt from None
             if cancelled.was_empty and was_cancelled:
                 raise LeaveError from None
             if cancelled.was_empty:
@@ -52,6 +62,8 @@ def _run_interactive(talk: Talk) -> None:
         except LeaveError:
             raise
         except Exception as error:
+            if opening is not None and error is opening.error:
+                raise
             # An error in one line must not end the conversation.
             talk.say_error(error)
 

@@ -14,27 +14,42 @@ if TYPE_CHECKING:
     from offload_moe.chat import ChatSession, Piece
     from offload_moe.engine.model import Model
 
+    from .opening import Opened
+
 
 class Talk:
-    """One chat. `confirm` puts a yes-or-no question at the terminal; None without a terminal."""
+    """One chat. `confirm` puts a yes-or-no question at the terminal; None without a terminal.
+
+    opened: the model and the session, as soon as they are there.
+    """
 
     def __init__(
         self,
-        model: "Model",
-        session: "ChatSession",
+        opened: "Callable[[], Opened]",
         sampling: Mapping[str, Any],
         *,
         is_plain: bool = False,
         is_debugging: bool = False,
     ) -> None:
-        self.model = model
-        self.session = session
+        self._opened = opened
         self.sampling = dict(sampling)
         self.confirm: Callable[[str], bool] | None = None
         self.is_interactive = is_interactive()
         self._is_plain = is_plain
         self._is_debugging = is_debugging
         self._console = console(stderr=not self.is_interactive)
+
+    @property
+    def model(self) -> "Model":
+        return self._opened().model
+
+    @property
+    def session(self) -> "ChatSession":
+        return self._opened().session
+
+    def wait(self) -> None:
+        """Until the model is there. Raises: what loading raised."""
+        self._opened()
 
     def say(self, text: str, style: str | None = None) -> None:
         """Print a line that is not part of an answer."""

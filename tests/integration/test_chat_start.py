@@ -35,7 +35,7 @@ def test_the_phases_of_a_start_are_timed(
     benchmark.main(["thinker", "--trials", "1"])
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     phases = {name: seconds["median"] for name, seconds in document["phases_s"].items()}
-    assert list(phases) == ["interpreter and arguments", "libraries", "model", "prompt", "in all"]
+    assert list(phases) == ["interpreter and arguments", "line editor", "prompt", "model", "in all"]
     assert all(seconds > 0 for seconds in phases.values())
     assert phases["in all"] == pytest.approx(sum(phases.values()) - phases["in all"])
     assert document["imports_s"]["json"] > 0

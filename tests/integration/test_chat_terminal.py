@@ -26,8 +26,8 @@ def thinker(tmp_path: Path) -> Iterator[Terminal]:
 def test_a_conversation(tmp_path: Path, thinker: Terminal) -> None:
     thinker.expect("Loading libraries")
     thinker.send("\x1b[200~what is\n1+1\x1b[201~\r")
+    thinker.expect("1+1")
     thinker.expect("thinker is ready.")
-    thinker.expect("\n>", 15)
     assert thinker.expect("hits 75.0%").split("\n\n")[0].endswith("Hm, 1+1.")
     assert "It is 2 é🙂.\n" in thinker.raw.replace("\r", "")
     assert "\x1b[2;3mH" in thinker.raw
@@ -107,11 +107,59 @@ def test_an_interrupt_stops_the_answer_and_keeps_the_conversation(tmp_path: Path
     assert assistant["content"].startswith("ha ha ha ha")
 
 
-def test_an_interrupt_while_loading_leaves(tmp_path: Path) -> None:
-    """Not while libraries are imported: what becomes of an interrupt there is theirs to say."""
+@pytest.mark.parametrize(("keys", "status"), [("\x03", 130), ("\x04", 0), ("/exit\r", 0)])
+def test_a_prompt_is_left_while_the_model_loads(keys: str, status: int, tmp_path: Path) -> None:
+    """The load never ends by itself."""
     with open_chat(tmp_path, "stuck") as terminal:
-        terminal.expect("Loading libraries")
-        terminal.expect("Reading experts")
+        terminal.expect("50%")
+        terminal.send("half a thought")
+        terminal.expect("half a thought")
+        terminal.interrupt_prompt()  # throws it away
+        terminal.expect("\n>")
+        terminal.send(keys)
+        assert terminal.wait() == status
+    assert "Traceback" not in terminal.raw
+
+
+def test_an_interrupt_leaves_while_a_message_waits_for_the_model(tmp_path: Path) -> None:
+    with open_chat(tmp_path, "stuck") as terminal:
+        terminal.expect("50%")
+        terminal.line("/help")
+        terminal.expect("Ctrl-D leaves.")
+        terminal.line("hello")
+        terminal.expect("━━")  # a bar, in place of the prompt
         terminal.send("\x03")
         assert terminal.wait() == 130
     assert "Traceback" not in terminal.raw
+
+
+def test_a_load_that_fails_ends_the_prompt(tmp_path: Path) -> None:
+    with open_chat(tmp_path, "corrupt") as terminal:
+        terminal.expect("\n>")
+        terminal.send("half a thought")
+        terminal.expect("error: Expert 3 of layer 1 does not match its checksum. Quantize the model again.")
+        assert terminal.wait() == 1
+    assert "Traceback" not in terminal.raw
+
+
+def test_a_load_that_fails_ends_a_message_that_waits_for_it(tmp_path: Path) -> None:
+    with open_chat(tmp_path, "corrupt") as terminal:
+        terminal.expect("\n>")
+        terminal.line("hello")
+        terminal.expect("error: Expert 3 of layer 1")
+        assert terminal.wait() == 1
+
+
+def test_notices_of_a_load_come_before_the_line_that_is_typed(tmp_path: Path) -> None:
+    with open_chat(tmp_path, "loud") as terminal:
+        terminal.expect("\n>")
+        terminal.send("hel")
+        terminal.expect("mind the card")
+        terminal.expect("loud is ready.")
+        terminal.expect("hel")
+        terminal.line("lo")
+        terminal.expect("Hello, friend.")
+        terminal.expect("\n>")
+        terminal.send("\x04")
+        terminal.expect("closed")
+        assert terminal.wait() == 0

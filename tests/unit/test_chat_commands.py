@@ -15,6 +15,7 @@ from tests.support.cli import load_cli
 load_cli()
 
 from offload_moe_cli.chat import commands  # noqa: E402
+from offload_moe_cli.chat.opening import Opened  # noqa: E402
 from offload_moe_cli.chat.prompt import CancelledError  # noqa: E402
 from offload_moe_cli.chat.repl import run_chat, take_turn  # noqa: E402
 from offload_moe_cli.chat.talk import Talk  # noqa: E402
@@ -50,7 +51,9 @@ class FakeSession:
 
 @pytest.fixture
 def talk() -> Talk:
-    return Talk(SimpleNamespace(peaks={"RAM": (2**31, 2**30)}, memory={"experts": 2**30}), FakeSession(), {"seed": 1})
+    model: Any = SimpleNamespace(peaks={"RAM": (2**31, 2**30)}, memory={"experts": 2**30})
+    session: Any = FakeSession()
+    return Talk(lambda: Opened(model, session), {"seed": 1})
 
 
 def test_chat_commands(talk: Talk, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,7 +192,7 @@ def test_only_interrupts_of_an_empty_line_leave(
                 raise EOFError
             raise CancelledError(was_empty=interrupts[len(read) - 1])
 
-    monkeypatch.setattr("offload_moe_cli.chat.prompt.Prompt", lambda _: Interrupted())
+    monkeypatch.setattr("offload_moe_cli.chat.prompt.Prompt", lambda *_: Interrupted())
     talk.is_interactive = True
     assert run_chat(talk) == 0
     assert len(read) == num_read
