@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.application import get_app, get_app_session, run_in_terminal
+from prompt_toolkit.application import get_app, get_app_session
 from prompt_toolkit.history import History
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output.vt100 import Vt100_Output
@@ -92,7 +92,10 @@ class Prompt:
                 app.invalidate()
             await asyncio.sleep(REDRAW_S)
         if opening.error is None:
-            await run_in_terminal(opening.announce)
+            # Without leaving the line editor's mode of the terminal, in which keys typed meanwhile keep their meaning.
+            app.renderer.erase()
+            opening.announce()
+            app.invalidate()
         elif not app.is_done:
             app.exit(exception=opening.error)
 

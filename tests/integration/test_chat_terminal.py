@@ -1,6 +1,7 @@
 """The chat at a real terminal, keys and all, over a tiny model."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -162,4 +163,24 @@ def test_notices_of_a_load_come_before_the_line_that_is_typed(tmp_path: Path) ->
         terminal.expect("\n>")
         terminal.send("\x04")
         terminal.expect("closed")
+        assert terminal.wait() == 0
+
+
+SLOWLY = """
+import importlib, sys, time
+from tests.support.cli import fake_load_module, load_cli
+main = load_cli()
+importlib.import_module("offload_moe_cli.loading").check_model = lambda *_: None
+sys.modules["offload_moe.engine.load"] = fake_load_module()
+chat = importlib.import_module("offload_moe_cli.commands.chat")
+chat.announce = lambda model: (print(model.summary, flush=True), time.sleep(0.5))
+sys.exit(main.main(["chat", "thinker"]))
+"""
+
+
+def test_keys_that_come_while_the_model_is_announced_keep_their_meaning(tmp_path: Path) -> None:
+    """In a mode of the terminal that edits lines, Ctrl-D would be taken out of what is typed, and never arrive."""
+    with Terminal([sys.executable, "-c", SLOWLY], cwd=ROOT, env=environment(tmp_path)) as terminal:
+        terminal.expect("RAM 4.0 GiB of 16.0 GiB")
+        terminal.send("\x04")
         assert terminal.wait() == 0
