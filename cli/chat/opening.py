@@ -29,13 +29,13 @@ class Opened:
 
 
 class StoppedError(Exception):
-    """Ends a load that nobody waits for any more."""
+    """Ends a load whose model is not needed any more."""
 
 
 class Opening:
     """Loads on a thread of its own, from the beginning of the context on; its end stops the load or closes the model.
 
-    text: how far it is. announce: called once with what was opened, by the thread that wants it.
+    text: how far it is. announce: called once with what was opened, never by the loading thread.
     """
 
     def __init__(self, load: Callable[[Progress], Opened], announce: Callable[[Opened], None]) -> None:
