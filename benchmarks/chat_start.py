@@ -11,6 +11,7 @@ import os
 import pty
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ PHASES = {
 IMPORT = "import offload_moe.engine.load"
 NUM_PACKAGES = 8
 NUM_WARMUPS = 1
+LIMIT_S = 120
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,10 +56,14 @@ def time_phases(model: str) -> dict[str, float]:
     command = [sys.executable, "-c", START, "chat", model]
     with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True) as process:
         os.close(slave)
+        watch = threading.Timer(LIMIT_S, process.kill)  # the next read fails then
+        watch.daemon = True
+        watch.start()
         ends_s = [_seconds_until(master, sign) for sign in PHASES.values()]
         os.write(master, b"\x04")
         _drain(master)
         process.wait()
+        watch.cancel()
     os.close(master)
     seconds = [end - begin for begin, end in zip([begin_s, *ends_s], ends_s, strict=False)]
     return dict(zip(PHASES, seconds, strict=True)) | {"in all": ends_s[-1] - begin_s}
