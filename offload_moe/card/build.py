@@ -7,7 +7,7 @@ import torch
 from offload_moe.card.block import Experts
 from offload_moe.card.device import CardDevice
 from offload_moe.card.forward import CardForward, CardPlan
-from offload_moe.card.linears import kernel_codec
+from offload_moe.card.linears import is_of_values, kernel_codec
 from offload_moe.card.memory import allocator
 from offload_moe.card.model import DecoderLayer, DecoderParts, decoder_parts
 from offload_moe.card.passes import CardPass
@@ -18,7 +18,6 @@ from offload_moe.errors import DevicePassUnavailable
 from offload_moe.experts.arithmetic import native_arithmetic
 from offload_moe.experts.native import NativeArithmetic
 from offload_moe.families.text_model import TextModel
-from offload_moe.native.planes import VALUES
 from offload_moe.quant import Codec
 from offload_moe.quant.layout import round_up
 from offload_moe.residency.hierarchy import Hierarchy
@@ -85,9 +84,9 @@ def _experts_of(
         if found is None:
             raise DevicePassUnavailable("experts whose activation or shape has no kernel there")
         arithmetic = found
-    if arithmetic.order is None or codec.name in VALUES:
-        raise DevicePassUnavailable(f"experts in the codec {codec.name} have no kernel there")
     moe = arithmetic.kernel.struct
+    if arithmetic.order is None or any(map(is_of_values, (moe.first, moe.up, moe.second))):
+        raise DevicePassUnavailable(f"experts in the codec {codec.name} have no kernel there")
     gate, up = (kernel_codec(matrix, "experts") for matrix in (moe.first, moe.up if moe.up.rows else moe.first))
     kernel_codec(moe.second, "experts")
     if gate != up:

@@ -16,17 +16,18 @@ from offload_moe.card.program import Program
 from offload_moe.card.structs import struct
 from offload_moe.decode.dense import NarrowLinear, QuantLinear, number_linear
 from offload_moe.errors import DevicePassUnavailable
-from offload_moe.native.constants import CODECS, GGUF_BLOCKS, GGUF_SUPERBLOCKS
+from offload_moe.native.constants import CODECS, GGUF_BLOCKS, GGUF_NUMBERS, GGUF_SUPERBLOCKS
 from offload_moe.native.kernels import Linear
 from offload_moe.native.planes import VALUES
 from offload_moe.native.structs import MatrixStruct
 from offload_moe.quant.gguf import PREFIX
+from offload_moe.quant.gguf_device import ON_DEVICE
 
 MOST_MATRICES = 4  # of one launch
 Inputs = Mapping[str, Any]  # codec of the activations -> `om_card_input`
 KERNELS = ("nf4", "int8", "mxfp4", *VALUES, "q8_0", "gguf_mxfp4", "q4_k", "q6_k")  # codecs of matrices that have some
 TABLES = ("q8_0", "q4_k", "q6_k")  # types of GGUF in which rows of an embedding are read
-_NAMES = {number: name for name, number in (CODECS | GGUF_BLOCKS | GGUF_SUPERBLOCKS).items()}
+_NAMES = {number: name for name, number in (CODECS | GGUF_NUMBERS | GGUF_BLOCKS | GGUF_SUPERBLOCKS).items()}
 
 
 class Keeper:
@@ -86,8 +87,12 @@ def input_codec(codec: str) -> str:
 
 def has_kernel(kind: str, *, is_table: bool = False) -> bool:
     """Whether a card computes with matrices of a type of GGUF, or reads an embedding in it."""
-    name = kind.lower()
-    return name in TABLES if is_table else (f"gguf_{name}" if name == "mxfp4" else name) in KERNELS
+    return kind.lower() in TABLES if is_table else kind in ON_DEVICE
+
+
+def is_of_values(matrix: MatrixStruct) -> bool:
+    """Whether a matrix is there and of plain numbers, which kernels of panels do not take."""
+    return bool(matrix.rows) and _NAMES[matrix.codec] in (*VALUES, *GGUF_NUMBERS)
 
 
 def kernel_codec(matrix: MatrixStruct, what: str) -> str:

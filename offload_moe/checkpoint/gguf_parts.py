@@ -62,7 +62,7 @@ class GgufPart:
         shapes = [(*t.shape[:-1], t.row_bytes) if self.is_raw else t.shape for t in self.tensors]
         try:
             return tuple(self.join(*(torch.empty(shape, device="meta") for shape in shapes)).shape)
-        except RuntimeError as error:
+        except (IndexError, RuntimeError) as error:
             names = " and ".join(tensor.name for tensor in self.tensors)
             raise CheckpointError(f"{self.tensors[0].path}: {names} do not fit together: {shapes}.") from error
 

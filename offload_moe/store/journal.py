@@ -37,7 +37,7 @@ class Journal:
         try:
             self._lock()
             content = bytearray(os.fstat(self._file).st_size)
-            read_fully(self._file, memoryview(content), 0)
+            del content[read_fully(self._file, memoryview(content), 0) :]
             if not content.startswith(first_line):
                 raise StoreError(_difference(folder, content, settings))
         except BaseException:
