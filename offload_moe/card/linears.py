@@ -18,14 +18,14 @@ from offload_moe.decode.dense import NarrowLinear, QuantLinear, number_linear
 from offload_moe.errors import DevicePassUnavailable
 from offload_moe.native.constants import CODECS, GGUF_BLOCKS, GGUF_NUMBERS, GGUF_SUPERBLOCKS
 from offload_moe.native.kernels import Linear
-from offload_moe.native.planes import VALUES
+from offload_moe.native.planes import VALUES, codec_name
 from offload_moe.native.structs import MatrixStruct
 from offload_moe.quant.gguf import PREFIX
 from offload_moe.quant.gguf_device import ON_DEVICE
 
 MOST_MATRICES = 4  # of one launch
 Inputs = Mapping[str, Any]  # codec of the activations -> `om_card_input`
-KERNELS = ("nf4", "int8", "mxfp4", *VALUES, "q8_0", "gguf_mxfp4", "q4_k", "q6_k")  # codecs of matrices that have some
+KERNELS = {"nf4", "int8", "mxfp4", *VALUES, *map(codec_name, ON_DEVICE)}  # codecs of matrices that have some
 TABLES = ("q8_0", "q4_k", "q6_k")  # types of GGUF in which rows of an embedding are read
 _NAMES = {number: name for name, number in (CODECS | GGUF_NUMBERS | GGUF_BLOCKS | GGUF_SUPERBLOCKS).items()}
 

@@ -53,6 +53,11 @@ class Reader:
             raise CheckpointError(f"{self.path}: its metadata has no usable {self.architecture}.{key}: {value!r}.")
         return value
 
+    @property
+    def num_layers(self) -> Any:
+        """Without those for multi-token prediction. Raises: as `number`."""
+        return self.number("block_count") - (self.get("nextn_predict_layers") or 0)
+
 
 def config_of(path: Path, metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """`config.json` of the model. shapes: of the file's tensors, by name.
@@ -68,7 +73,7 @@ def config_of(path: Path, metadata: Metadata, shapes: Mapping[str, tuple[int, ..
         )
     config: dict[str, Any] = {name: reader.number(key) for name, key in _COMMON.items()}
     config |= {name: reader.number(key) for name, key in _OPTIONAL.items() if reader.get(key) is not None}
-    config["num_hidden_layers"] -= reader.get("nextn_predict_layers") or 0
+    config["num_hidden_layers"] = reader.num_layers
     config["vocab_size"] = _vocabulary(path, shapes)
     config["tie_word_embeddings"] = "output.weight" not in shapes
     config["dtype"] = "bfloat16"
@@ -151,7 +156,7 @@ def _qwen3_5_moe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[
 
 
 def _beside_delta_rules(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    num_layers = reader.number("block_count") - (reader.get("nextn_predict_layers") or 0)
+    num_layers = reader.num_layers
     is_linear = [f"blk.{block}.ssm_conv1d.weight" in shapes for block in range(num_layers)]
     turned = reader.number("rope.dimension_count") / reader.number("attention.key_length")
     num_values = reader.number("ssm.time_step_rank")
@@ -274,7 +279,7 @@ def _dots1(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, A
 
 def _exaone_moe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Layers of the whole context have no rotation."""
-    num_layers = reader.number("block_count") - (reader.get("nextn_predict_layers") or 0)
+    num_layers = reader.num_layers
     pattern = reader.get("attention.sliding_window_pattern")
     if not isinstance(pattern, list):
         pattern = [(layer + 1) % 4 != 0 for layer in range(num_layers)]

@@ -68,8 +68,13 @@ def record_structs(codec: str, shape: ExpertShape, layout: RecordLayout, parts: 
     return [matrix_struct(codec, matrix, layout, num_parts=num_parts) for matrix, num_parts in pairs]
 
 
+def codec_name(kind: str) -> str:
+    """The codec of a type of GGUF by its name in the library's constants."""
+    return _CODEC_NAMES.get(kind, kind.lower())
+
+
 def _gguf_struct(part: GgufPart, layout: RecordLayout) -> MatrixStruct:
-    matrix, name = part.matrix, part.kind.name.lower()
+    matrix = part.matrix
     numbers = CODECS | GGUF_NUMBERS | GGUF_BLOCKS | GGUF_SUPERBLOCKS
     offset = layout.planes[part.plane].offset
     bias = f"{bias_of(matrix)}.values"
@@ -77,7 +82,7 @@ def _gguf_struct(part: GgufPart, layout: RecordLayout) -> MatrixStruct:
         rows=part.num_rows,
         cols=matrix.in_features,
         padded=matrix.in_features,
-        codec=numbers[_CODEC_NAMES.get(name, name)],
+        codec=numbers[codec_name(part.kind.name)],
         part_rows=part.num_rows,
         codes=offset,
         scales=offset + part.sides_offset,
@@ -134,5 +139,5 @@ _PLANES = {
     "mxfp4": {"codes": "codes", "scales": "scales"},
     **{codec: {"codes": "values"} for codec in VALUES},
 }
-_CODEC_NAMES = {"mxfp4": "gguf_mxfp4", "f16": "fp16", "f32": "fp32"}  # of GGUF's types
+_CODEC_NAMES = {"MXFP4": "gguf_mxfp4", "F16": "fp16", "F32": "fp32"}  # of GGUF's types
 _OPTIONAL_FIELDS = ("scales", "nested_scales", "nested_offset")

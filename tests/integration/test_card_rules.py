@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.card_model import CardModel, card_model
+from support.card_model import CardModel, card_model, logits
 from support.cuda import fake, shim
 from support.models import open_model
 from torch import Tensor
@@ -21,7 +21,7 @@ from offload_moe.card.stops import Stops
 from offload_moe.card.worths import in_bytes
 from offload_moe.native.constants import LOADING
 from offload_moe.residency.policy import Appraising
-from tests.integration.test_card_pass import ALL, TOP_K, logits
+from tests.integration.test_card_pass import ALL, TOP_K
 
 pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
 

@@ -17,7 +17,7 @@ from offload_moe.engine.model import Model
 from offload_moe.memory.copier import DeviceMemory
 from offload_moe.memory.simulated import SimulatedCopier
 from offload_moe.plan import others
-from tests.integration.test_card_pass import NUM_NEW, NUM_PROMPT, logits
+from tests.support.card_model import NUM_NEW, NUM_PROMPT, logits
 
 pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
 SETTINGS: dict[str, Any] = {"prefetch": 0, "context": 256, "dense_codec": "int8"}

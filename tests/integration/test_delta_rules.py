@@ -28,22 +28,10 @@ from offload_moe.errors import TransferError
 from offload_moe.families.cache_name import with_cache
 from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.plan import Machine, make_plan
-from tests.integration.test_card_pass import logits
+from tests.support.card_model import LINEAR_ATTENTION, logits
 from tests.support.passes import contents, rows_of_calls
 
 FAMILIES = ("qwen3_next", "qwen3_5_moe_text")
-SIZES: dict[str, Any] = {
-    "num_hidden_layers": 4,
-    "head_dim": 32,
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 32,
-    "num_experts": 8,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-}
 NUM_STEPS = 7  # of `logits` behind a prompt, which gives the first token of eight
 
 
@@ -51,7 +39,7 @@ NUM_STEPS = 7  # of `logits` behind a prompt, which gives the first token of eig
 def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("delta")
     for family in FAMILIES:
-        tiny_model(family, **SIZES).to(torch.bfloat16).save_pretrained(root / family)
+        tiny_model(family, **LINEAR_ATTENTION).to(torch.bfloat16).save_pretrained(root / family)
     return {
         family: quantize(root / family, root / f"{family}-store", codec="int8", dense_codec="int8")
         for family in FAMILIES
@@ -266,7 +254,7 @@ def test_linear_attention_without_a_kernel_is_called_as_a_module(
 
 
 def test_sizes_that_no_rule_is_computed_in_are_modules_beside_native_attention(tmp_path: Path) -> None:
-    tiny_model("qwen3_next", **SIZES | {"linear_key_head_dim": 8}).to(torch.bfloat16).save_pretrained(
+    tiny_model("qwen3_next", **LINEAR_ATTENTION | {"linear_key_head_dim": 8}).to(torch.bfloat16).save_pretrained(
         tmp_path / "plain"
     )
     store = quantize(tmp_path / "plain", tmp_path / "store", codec="int8", dense_codec="int8")
@@ -329,18 +317,18 @@ def test_an_error_of_our_own_is_no_refusal(name: str, error: type[Exception], mo
     fault = Mock(side_effect=error("a fault of ours")) if error is AttributeError else None
     monkeypatch.setattr(f"offload_moe.decode.delta.{name}", fault)
     with pytest.raises(error):
-        fuse_delta_rules(tiny_model("qwen3_next", **SIZES))
+        fuse_delta_rules(tiny_model("qwen3_next", **LINEAR_ATTENTION))
 
 
 @pytest.mark.parametrize(("path", "name"), [("norm", "variance_epsilon"), ("", "head_k_dim"), ("", "in_proj_ba")])
 def test_a_layer_with_other_parts_keeps_its_forward(path: str, name: str) -> None:
-    hf: Any = tiny_model("qwen3_next", **SIZES)
+    hf: Any = tiny_model("qwen3_next", **LINEAR_ATTENTION)
     delattr(hf.model.layers[1].linear_attn.get_submodule(path), name)
     assert fuse_delta_rules(hf) == 2
 
 
 def test_a_lossless_store_keeps_the_modules_bits(tmp_path: Path) -> None:
-    tiny_model("qwen3_next", **SIZES).to(torch.bfloat16).save_pretrained(tmp_path / "checkpoint")
+    tiny_model("qwen3_next", **LINEAR_ATTENTION).to(torch.bfloat16).save_pretrained(tmp_path / "checkpoint")
     store = quantize(tmp_path / "checkpoint", tmp_path / "store", codec="bf16", dense_codec="bf16")
     with open_model(store) as model:
         assert num_fused(model.hf) == 0
