@@ -87,7 +87,7 @@ def slots(model: Model) -> int:
 def test_memory_that_is_taken_at_any_point_of_an_answer_changes_no_token(
     at: int, num_taken: int, mode: Any, model: Model, vram: Vram, expected: Tensor, caplog: Any
 ) -> None:
-    """Taken behind so many tokens, and given back three tokens later."""
+    """Taken behind so many tokens, and given back three tokens later: by then it may be the next answer's prompt."""
     card_of(model).mode.mode = mode
     seen: list[int] = []
 
@@ -101,9 +101,9 @@ def test_memory_that_is_taken_at_any_point_of_an_answer_changes_no_token(
         assert torch.equal(logits(model.hf), expected)
     assert torch.equal(logits(model.hf), expected)
     assert slots(model) == PLANNED
-    assert min(seen) == LEAST if num_taken == 100 else LEAST < min(seen) < PLANNED
-    (line,) = caplog.messages
-    assert line.startswith(f"Other programs have taken VRAM: {PLANNED - min(seen)} expert slots")
+    decoding = seen[:NUM_NEW]
+    assert min(seen) == LEAST if num_taken == 100 else min(decoding) > LEAST and min(seen) < PLANNED
+    assert caplog.messages[-1].startswith(f"Other programs have taken VRAM: {PLANNED - min(seen)} expert slots")
 
 
 @pytest.mark.slow
