@@ -83,6 +83,9 @@ class Speculator:
     @contextmanager
     def passing(self, first: int, ids: Sequence[int]) -> Iterator[None]:
         """Around every pass of the sequence, see `StateSource`."""
+        if not self._of_states:  # the usual case
+            yield
+            return
         with ExitStack() as stack:
             for source in self._of_states:
                 stack.enter_context(source.passing(first, ids))
