@@ -82,6 +82,7 @@ def full_statistics(stats: "TurnStats | None", memory_bytes: Mapping[str, int]) 
             ("delayed hits", f"{counters.num_delayed_hits:,}"),
             ("misses", f"{counters.num_misses:,}, {counters.num_evictions:,} evictions"),
             *_hybrid_rows(counters),
+            *_card_rows(counters),
             *_choice_rows(counters),
             ("stall", f"{counters.stall_s:.2f} s"),
             ("read from disk", format_size(counters.disk_bytes)),
@@ -113,10 +114,26 @@ def _hybrid_rows(counters: "Counters") -> list[tuple[str, str]]:
     """The misses that the CPU computed, and the predicted times beside the measured ones."""
     if not counters.num_computed_on_cpu:
         return []
+    rows = [("computed on the CPU", f"{counters.num_computed_on_cpu:,} of the misses")]
+    if not counters.cpu_predicted_s:  # of the card's stepwise passes, which predict nothing
+        return [*rows, ("CPU's share", f"{counters.cpu_s:.2f} s")]
     return [
-        ("computed on the CPU", f"{counters.num_computed_on_cpu:,} of the misses"),
+        *rows,
         ("CPU's share", f"{counters.cpu_s:.2f} s, {counters.cpu_predicted_s:.2f} s predicted"),
         ("link's share", f"{counters.link_s:.2f} s, {counters.link_predicted_s:.2f} s predicted"),
+    ]
+
+
+def _card_rows(counters: "Counters") -> list[tuple[str, str]]:
+    """Passes of the card, by where missing experts were computed."""
+    ways = (
+        ("queued", counters.num_queued, counters.queued_s),
+        ("stepwise", counters.num_stepwise, counters.stepwise_s),
+    )
+    return [
+        (f"{name} passes", f"{number:,}, {1e3 * seconds / number:.1f} ms each")
+        for name, number, seconds in ways
+        if number
     ]
 
 

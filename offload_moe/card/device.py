@@ -14,29 +14,33 @@ from offload_moe.native.session import Session
 class CardDevice:
     """The card that the pass runs on.
 
-    num_processors: multiprocessors of the card. num_cards: of the machine; the first is used.
+    num_processors: multiprocessors of the card. number: of this card, of the `num_cards` of the machine.
     """
 
     session: Session
     compiler: Compiler
     num_processors: int
+    number: int
     num_cards: int
     name: str
 
     @classmethod
-    def open(cls, driver: str | None = None, nvrtc: str | None = None, cubins: Path | None = None) -> Self:
-        """The first card. driver, nvrtc: paths of libraries, the system's by default. cubins: where they are kept.
+    def open(
+        cls, driver: str | None = None, nvrtc: str | None = None, cubins: Path | None = None, *, number: int = 0
+    ) -> Self:
+        """Card `number`. driver, nvrtc: paths of libraries, the system's by default. cubins: where they are kept.
 
         Raises: DevicePassUnavailable with the reason, TransferError.
         """
         loaded = Driver(driver)
-        card = loaded.card()
+        card = loaded.card(number)
         architecture = 10 * card.major + card.minor
         found = load_nvrtc(architecture=architecture, driver_version=card.driver_version, path=nvrtc)
         return cls(
             session=Session(loaded, card.device),
             compiler=Compiler(found, architecture, cubins),
             num_processors=card.num_multiprocessors,
+            number=number,
             num_cards=card.num_cards,
             name=card.name.decode(errors="replace"),
         )

@@ -140,7 +140,7 @@ class CardPass:
             seconds = time.perf_counter() - began_s
             self.tables.sources.applied()
             num_missed = self._account.end(self._log, steps, len(ids))
-            self._count_share()
+            self._count(seconds, is_stepwise=is_stepwise)
             self.mode.measured(seconds, len(ids), num_missed=num_missed, is_stepwise=is_stepwise)
             self._give(steps, len(ids), wanted)
             return steps.hidden[: len(ids)]
@@ -323,9 +323,15 @@ class CardPass:
         self._apply_now()
         self._account.read_back(self._session)
 
-    def _count_share(self) -> None:
-        """The CPU's share of the pass."""
+    def _count(self, seconds: float, *, is_stepwise: bool) -> None:
+        """The pass, and the CPU's share of it."""
         counters = self.hierarchy.counters
+        if is_stepwise:
+            counters.num_stepwise += 1
+            counters.stepwise_s += seconds
+        else:
+            counters.num_queued += 1
+            counters.queued_s += seconds
         counters.num_computed_on_cpu += self._library.om_card_num_on_cpu(self._handle)
         counters.cpu_s += self._library.om_card_cpu_seconds(self._handle)
 

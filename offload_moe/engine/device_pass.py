@@ -42,7 +42,8 @@ class DevicePass:
                 f"The device pass ends before the output head: {why}. Torch computes the logits of each token."
             )
         if self.made is not None and self.card is not None and self.card.num_cards > 1:
-            found.append(f"This machine has {self.card.num_cards} cards; the first one ({self.card.name}) is used.")
+            used = f"cuda:{self.card.number} ({self.card.name})"
+            found.append(f"This machine has {self.card.num_cards} cards; {used} is used. --device chooses another.")
         return found
 
 
@@ -73,7 +74,7 @@ def open_device_pass(store: Store, skeleton: TextModel, device: torch.device, *,
     if reason := why_off or not_in_panels_reason(store.codec) or why_not(skeleton):
         return DevicePass(reason=reason)
     try:
-        return DevicePass(card=CardDevice.open())
+        return DevicePass(card=CardDevice.open(number=device.index or 0))
     except (DevicePassUnavailable, TransferError) as error:
         return DevicePass(reason=str(error).rstrip("."))
 

@@ -1,4 +1,4 @@
-"""NVIDIA's driver, as the native library loads it, and what it says of the first card."""
+"""NVIDIA's driver, as the native library loads it, and what it says of a card."""
 
 import ctypes
 from types import TracebackType
@@ -33,10 +33,12 @@ class Driver:
         load_library().om_driver_close(self.address)
         self.address = 0
 
-    def card(self) -> CardStruct:
-        """The first card. Raises: TransferError."""
+    def card(self, number: int = 0) -> CardStruct:
+        """One of the machine's cards, by CUDA's number. Raises: TransferError."""
         found = CardStruct()
-        self.check(load_library().om_card_describe(self.address, ctypes.byref(found)), "describe the card")
+        self.check(
+            load_library().om_card_describe(self.address, number, ctypes.byref(found)), f"describe card {number}"
+        )
         return found
 
     def check(self, code: int, what: str) -> None:

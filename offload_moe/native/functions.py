@@ -73,7 +73,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "om_driver_open": (pointer, text, pointer, int64),
     "om_driver_close": (None, pointer),
     "om_driver_describe": (None, pointer, int32, pointer, int64),
-    "om_card_describe": (integer, pointer, pointer),
+    "om_card_describe": (integer, pointer, integer, pointer),
     "om_driver_is_lost": (integer, integer),
     "om_session_open": (integer, pointer, int32, pointer),
     "om_session_close": (None, pointer),

@@ -36,6 +36,10 @@ class Counters:
     num_chosen_on_card: int = 0  # tokens
     num_chosen_from_logits: int = 0  # by transformers, although the card has the output head
     choice_s: float = 0.0  # that those took, behind the pass
+    num_queued: int = 0  # passes of the card, and their seconds
+    queued_s: float = 0.0
+    num_stepwise: int = 0
+    stepwise_s: float = 0.0
 
     @property
     def num_accesses(self) -> int:

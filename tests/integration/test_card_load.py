@@ -1,6 +1,8 @@
 """`load` to text through the device pass, on the fake driver; and the line that says why there is none."""
 
+import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from offload_moe_cli.status import full_statistics
 from support.card_machine import card_machine
 from support.chat import chat_store
-from support.cuda import shim
+from support.cuda import fake, shim
 from support.tiny_models import tiny_model
 
 from offload_moe import load
@@ -47,6 +49,7 @@ def test_text(store: Path, card: CardDevice, monkeypatch: pytest.MonkeyPatch) ->
         assert "".join(piece.text for piece in session.send("Hello", temperature=0, max_new_tokens=7)) == found[0]
         rows = dict(full_statistics(session.last_stats, {}))
         assert rows["chosen on the card"] == "6 tokens"
+        assert re.fullmatch(r"[1-6], \d+\.\d ms each", rows["queued passes"])
         assert rows["chosen from its logits"].startswith("1 tokens, ")  # the first one, from those of the prompt
     assert {"Compiling the kernels of the device pass", "Locking RAM for the card"} <= set(phases)
     monkeypatch.undo()
@@ -92,14 +95,27 @@ def answers(model: Model) -> list[str]:
     return texts
 
 
-def test_of_several_cards_a_line_names_the_first() -> None:
+def test_of_several_cards_a_line_names_the_one_that_is_used() -> None:
     made: Any = SimpleNamespace(parts=SimpleNamespace(why_no_head=""))
     for num_cards, lines in (
         (1, []),
-        (3, ["This machine has 3 cards; the first one (Fake card) is used."]),
+        (3, ["This machine has 3 cards; cuda:1 (Fake card) is used. --device chooses another."]),
     ):
-        card: Any = SimpleNamespace(num_cards=num_cards, name="Fake card")
+        card: Any = SimpleNamespace(num_cards=num_cards, number=1, name="Fake card")
         assert DevicePass(card=card, made=made).notices == lines
+
+
+@pytest.mark.parametrize(("name", "number"), [("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
+def test_the_pass_is_on_the_card_that_torch_has(
+    name: str, number: int, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_card = CardDevice.open
+    with fake.FakeDriver(num_cards=2) as driver:
+        monkeypatch.setattr(CardDevice, "open", partial(open_card, driver.path, fake.nvrtc()))
+        opened = open_device_pass(Store.open(store), tiny_model("qwen3_moe"), torch.device(name), why_off="")
+        assert opened.card is not None
+        assert opened.card.number == number
+        opened.card.session.close()
 
 
 @pytest.mark.parametrize(

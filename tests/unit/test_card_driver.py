@@ -15,9 +15,13 @@ needs_compiler = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ comp
 
 
 @needs_compiler
-def test_the_first_card_is_described() -> None:
+def test_a_card_is_described() -> None:
     with FakeDriver(architecture=89, num_cards=2, vram=12 << 30) as fake, Driver(fake.path) as driver:
-        card = driver.card()
+        assert driver.card().device == 0
+        card = driver.card(1)
+        assert card.device == 1
+        with pytest.raises(TransferError, match="could not describe card 2"):
+            driver.card(2)
         assert (card.name, card.major, card.minor, card.num_cards) == (b"Fake card", 8, 9, 2)
         assert (card.num_bytes, card.driver_version, card.maps_host_memory) == (12 << 30, 13000, 1)
         assert (card.memory_bits, card.num_multiprocessors, card.has_watchdog) == (192, 28, 1)
@@ -37,7 +41,7 @@ def test_codes_have_the_drivers_names() -> None:
 def test_a_failing_question_is_an_error() -> None:
     with FakeDriver() as fake, Driver(fake.path) as driver:
         fake.fail("cuDeviceTotalMem_v2", 999)
-        with pytest.raises(TransferError, match=r"could not describe the card: an unknown error \(999"):
+        with pytest.raises(TransferError, match=r"could not describe card 0: an unknown error \(999"):
             driver.card()
 
 

@@ -378,7 +378,7 @@
     FUNCTION(om_driver *, om_driver_open, (const char *path, char *reason, int64_t room)) \
     FUNCTION(void, om_driver_close, (om_driver *driver)) \
     FUNCTION(void, om_driver_describe, (const om_driver *driver, int32_t code, char *text, int64_t room)) \
-    FUNCTION(int, om_card_describe, (const om_driver *driver, om_card *card)) \
+    FUNCTION(int, om_card_describe, (const om_driver *driver, int number, om_card *card)) \
     FUNCTION(int, om_driver_is_lost, (int code)) \
     FUNCTION(int, om_session_open, (om_driver *driver, int32_t device, om_session *session)) \
     FUNCTION(void, om_session_close, (om_session *session)) \

@@ -92,9 +92,9 @@ static int32_t attribute(const om_driver *driver, int device, int number) {
     return driver->cuDeviceGetAttribute(&value, number, device) == OM_CU_OK ? value : 0;
 }
 
-/* What the first card is. Returns a code of the driver. */
-OM_EXPORT int om_card_describe(const om_driver *driver, om_card *card) {
-    int device, code = driver->cuDeviceGet(&device, 0);
+/* What card `number` is. Returns a code of the driver. */
+OM_EXPORT int om_card_describe(const om_driver *driver, int number, om_card *card) {
+    int device, code = driver->cuDeviceGet(&device, number);
     size_t num_bytes = 0;
     if (code != OM_CU_OK) return code;
     *card = (om_card){.device = device,
