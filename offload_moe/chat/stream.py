@@ -18,6 +18,7 @@ from offload_moe.chat.steps import steps
 from offload_moe.chat.turns import turns_of
 from offload_moe.experts.observer import HookObserver
 from offload_moe.families.text_model import TextModel
+from offload_moe.native.session import lost_card
 from offload_moe.speculate.speculator import Speculator
 from offload_moe.system.interrupts import HeldInterrupt
 from offload_moe.system.stopping import StoppedInForward, stoppable
@@ -131,6 +132,8 @@ class TokenStream(Iterator[int]):
             # generate() itself only turns gradients off; inference mode also saves their bookkeeping, 7% of a token.
             with torch.inference_mode():
                 token = next(self._steps, _END)
+        except torch.AcceleratorError as error:
+            raise lost_card(str(error).partition("\n")[0]) from error
         finally:
             if self._recompute is not None:
                 self.crossed_window = self._recompute.take_crossed_window() or self.crossed_window

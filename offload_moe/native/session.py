@@ -13,6 +13,14 @@ from offload_moe.system.sizes import format_size
 GRAPH_ERROR = -1000  # of `om_card_graph` and passes: less the driver's code
 
 
+def lost_card(reason: str) -> TransferError:
+    """The error of a card whose every further call fails."""
+    return TransferError(
+        f"The card was lost: {reason}. It was reset, unplugged, or a kernel failed. "
+        "End this program and start it again; where it happens again, use --device-pass off."
+    )
+
+
 class Session:
     """The primary context of the card, which torch uses too, with a stream of its own."""
 
@@ -92,10 +100,7 @@ class Session:
 
     def _raise_if_lost(self, code: int) -> None:
         if self._library.om_driver_is_lost(code):
-            raise TransferError(
-                f"The card was lost: {self.driver.describe(code)}. It was reset, unplugged, or a kernel failed. "
-                "End this program and start it again; where it happens again, use --device-pass off."
-            )
+            raise lost_card(self.driver.describe(code))
 
     def synchronize(self) -> None:
         """Wait for all work of the card, torch's included. Raises: TransferError."""

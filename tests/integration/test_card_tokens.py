@@ -20,7 +20,7 @@ from offload_moe.chat.steering import Steering
 from offload_moe.chat.stream import TokenStream
 from offload_moe.decode import takes_rows
 from offload_moe.decode.cache import give_room
-from offload_moe.errors import BudgetError, DevicePassUnavailable
+from offload_moe.errors import BudgetError, DevicePassUnavailable, TransferError
 from offload_moe.families.cache_name import with_cache
 from offload_moe.speculate.governor import Governor
 from offload_moe.speculate.speculation import Speculation
@@ -79,6 +79,15 @@ def test_greedy_tokens_are_the_cpus_and_cost_no_call_of_torchs_head(
     assert model.driver.count("copies") == num_passes
     assert model.driver.count("cuStreamSynchronize") == 0
     assert model.driver.count("cuLaunchKernel") == 1  # edits: a token behind one that the card chose needs none
+
+
+def test_a_card_that_is_lost_in_a_prompt_has_the_error_of_one_that_is_lost_in_a_pass(model: CardModel) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCUDA kernel errors might be ...")
+
+    model.hf.get_decoder().layers[1].register_forward_hook(fail)
+    with pytest.raises(TransferError, match=r"^The card was lost: CUDA error: unspecified launch failure\. It was"):
+        tokens_of(model.hf)
 
 
 @pytest.mark.parametrize("mode", ["queued", pytest.param("stepwise", marks=pytest.mark.slow)])

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from offload_moe.plan import make_plan, with_card
 from offload_moe.plan.card_pass import GRAPH_NODE_BYTES, PassShape
 from offload_moe.plan.hit_rates import CURVES, QUEUED_CURVES, STEPWISE_CURVES, HitCurve
 from offload_moe.plan.machine import Machine, Rates
@@ -12,6 +13,7 @@ from offload_moe.plan.parameters import ModelShape
 from offload_moe.plan.placement import why_no_device_pass
 from offload_moe.plan.sizes import routed_bytes, slot_bytes
 from offload_moe.plan.speed import Forecast
+from tests.support.benchmarks import BENCHMARKS
 from tests.support.plan import GIB, real_shape, task, tiny_shape
 
 CARD = Machine(vram_bytes=12 * GIB, ram_bytes=64 * GIB)
@@ -50,6 +52,17 @@ def test_a_resident_token_by_hand() -> None:
     assert forecast.expert_s == pytest.approx(routed_bytes(shape, "nf4") / 1e9)
     assert forecast.token_s == pytest.approx(forecast.overhead_s + forecast.dense_s + forecast.expert_s)
     assert other.token_s == forecast.token_s
+
+
+@pytest.mark.parametrize(
+    ("card", "context", "tokens_per_s"), [("rtx-4090", 1024, 150), ("rtx-3060", 1024, 38), ("rtx-3060", 8192, 38)]
+)
+def test_what_a_card_is_expected_to_reach(card: str, context: int, tokens_per_s: int) -> None:
+    """Fixed inputs: 2.5 us a node, 70% of the card's bandwidth, 1 ms outside of the pass, both traces' hit rates."""
+    machine = with_card(Machine(ram_bytes=32 * GIB), card)
+    plan = make_plan(str(BENCHMARKS / "configs/Qwen3-30B-A3B.json"), machine, context=context, dense_codec="int8")
+    assert plan.speed is not None
+    assert min(each.tokens_per_s for each in plan.speed.forecasts) >= tokens_per_s
 
 
 def test_what_is_missing_is_computed_where_that_is_faster(mixtral: ModelShape) -> None:
