@@ -53,7 +53,9 @@ class Event(Protocol):
 class DeviceMemory:
     """The memory of a device, as this process sees it.
 
-    available_bytes: that it has or could have. used_bytes: of these, in tensors.
+    available_bytes: that tensors have or could have: free, or held by torch's allocator. What the process has from the
+    driver itself (its context, code and local memory of kernels, graphs) is not among them, nor is what other programs
+    have. used_bytes: of these, in tensors.
     """
 
     available_bytes: int

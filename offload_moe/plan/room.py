@@ -76,6 +76,7 @@ class ContextRoom:
         self._slots_for_context = self.num_slots  # what contexts alone would leave
         self.others: OtherPrograms | None = None
         self._num_said = 0  # lost slots of which a line was written
+        self._unreached: int | None = None  # slots that the last resize was for, if it failed
 
     def watch(self, measure: Callable[[], DeviceMemory]) -> None:
         """Let slots give way to what other programs take of the device's memory from now on, where it reports that."""
@@ -151,13 +152,16 @@ class ContextRoom:
         if is_step and self.others is None:
             return  # a much shorter conversation, or the end of a prompt, lets the pool grow again
         with self._lock:
-            has_changed = self.others is not None and self.others.look(now=not is_step)
-            if is_step and not has_changed:
+            taken = self._taken_bytes
+            has_changed = self._look(is_step=is_step, is_prompt=num_new > 1)
+            if is_step and not has_changed and not self._owes_slots:
                 return
             extra = self._others(cache) + self.needed_bytes(num_tokens, num_new) - self.planned_bytes
             # Slots do not come back behind each prompt while memory is short.
             may_grow = num_new > 1 or has_changed or not self._taken_bytes
             has_room = self._have(extra, self._activations(num_tokens, num_new), may_grow=may_grow)
+            if self.others is not None and self._was_refused and taken > self._taken_bytes:
+                self.others.put_off(taken)
             self._say_what_was_lost()
             if not has_room:
                 raise BudgetError(
@@ -166,6 +170,24 @@ class ContextRoom:
                     f"Raise --{self._placement.fast.name.lower()}, or set a longer --context."
                 )
             self._tokens[cache], self._is_decoding = self._in_steps(num_tokens), num_new == 1
+
+    def _look(self, *, is_step: bool, is_prompt: bool) -> bool:
+        """Whether other programs have taken or freed memory since the last look."""
+        if self.others is None:
+            return False
+        if is_prompt and self._is_decoding:
+            self.others.settle()
+        return self.others.look(now=not is_step)
+
+    @property
+    def _owes_slots(self) -> bool:
+        """Whether the pool is larger than memory allows, because the last resize failed."""
+        return self._unreached is not None and self._unreached < self.num_slots
+
+    @property
+    def _was_refused(self) -> bool:
+        """Whether the last resize was to add slots, and failed."""
+        return self._unreached is not None and self._unreached > self.num_slots
 
     def _pass(self, num_new: int) -> None:
         """Reclaim the borrowed memory that a forward without a cache needs."""
@@ -200,21 +222,24 @@ class ContextRoom:
     def _resize_to(self, num_slots: int) -> bool:
         """False: slots are in use by another thread, or the system has no memory for more.
 
-        Then the answer continues, and the next step of the context tries again.
+        Then the answer continues. The next step tries again to free slots; those that could not be added wait for a
+        prompt, or for other programs' memory to be free for some seconds more.
         """
+        self._unreached = None
         if num_slots != self.num_slots:
             give_back_freed_memory()  # activations of the previous forward, which may have been a prompt
             try:
                 self.num_slots = self._resize(num_slots)
             except (BudgetError, TransferError):
+                self._unreached = num_slots
                 return False
         return True
 
     def _say_what_was_lost(self) -> None:
         """One line when more slots than ever are lost, and one when all are back."""
-        lost, said = self.num_slots_lost, self._num_said
-        self._num_said = max(said, lost) if lost else 0
-        if lost > said:
+        lost = self.num_slots_lost
+        if lost > self._num_said:
+            self._num_said = lost
             logger.warning(
                 "Other programs have taken VRAM: %d expert slots (%s) made room for it, %d are left. They come back "
                 "%d s after that memory is free again.",
@@ -223,7 +248,8 @@ class ContextRoom:
                 self.num_slots,
                 BACK_AFTER_S,
             )
-        elif said and not lost:
+        elif self._num_said and not self._taken_bytes:
+            self._num_said = 0
             logger.info("That VRAM is free again: %d expert slots are in use.", self.num_slots)
 
     @property

@@ -28,6 +28,12 @@ class Card:
         return DeviceMemory(available_bytes=self.available, used_bytes=USED)
 
     def others(self) -> OtherPrograms:
+        """Behind the first answer."""
+        others = self.at_first()
+        others.settle()
+        return others
+
+    def at_first(self) -> OtherPrograms:
         return OtherPrograms(self.measure, PLANNED, clock=lambda: self.now, kept_bytes=KEPT, sway_bytes=SWAY)
 
     def look(self, others: OtherPrograms, taken: int, after_s: float = LOOK_EVERY_S) -> int:
@@ -66,6 +72,29 @@ def test_a_card_that_was_full_at_load_gives_up_what_is_taken() -> None:
     assert card.look(others, 7) == 7
     assert card.look(others, 0) == 7
     assert card.look(others, 0, BACK_AFTER_S) == 0
+
+
+@pytest.mark.parametrize("num_own", [0, KEPT, FREE - KEPT // 2, FREE])
+def test_what_the_process_takes_for_its_first_answer_is_not_another_programs(num_own: int) -> None:
+    """Graphs and code of kernels, past torch's allocator: slots give way only to what is taken of planned memory."""
+    card = Card()
+    others = card.at_first()
+    assert card.look(others, num_own) == 0
+    others.settle()
+    reserve = min(KEPT, (FREE - num_own) // 2)
+    assert card.look(others, FREE - reserve) == 0
+    assert card.look(others, FREE - reserve + 1) == 1 + min(SWAY, reserve // 2)
+
+
+def test_planned_memory_is_kept_in_the_first_answer_too() -> None:
+    card = Card()
+    others = card.at_first()
+    assert card.look(others, FREE + 1) == 1 + SWAY
+    others.settle()  # not what others have taken
+    assert card.look(others, 0) == card.look(others, FREE) == 1 + SWAY
+    assert card.look(others, 0) > card.look(others, 0, BACK_AFTER_S) == 0
+    others.settle()
+    assert card.look(others, FREE - KEPT + 1) == 1 + SWAY
 
 
 def test_the_driver_is_asked_seldom_unless_much_is_about_to_be_taken() -> None:
@@ -153,22 +182,56 @@ def test_slots_do_not_come_back_behind_each_prompt_while_memory_is_short(shared:
     assert len(set(seen)) == 1
 
 
-def test_a_growth_that_is_refused_is_tried_again(shared: Shared) -> None:
+def test_a_growth_that_is_refused_is_tried_again_and_is_no_recovery(
+    shared: Shared, caplog: pytest.LogCaptureFixture
+) -> None:
     cache = DynamicCache()
-    shared.taken = 5 * shared.placement.fast.slot_bytes + shared.room.planned_bytes
     shared.step(cache, 10)
+    shared.taken = 5 * shared.placement.fast.slot_bytes + shared.room.planned_bytes
     shared.step(cache, 1)
     few = shared.slots
-    assert shared.room.others is not None
     shared.taken, shared.is_busy = 0, True
-    for _ in range(2):
-        shared.now += BACK_AFTER_S
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="offload_moe.plan.room"):
+        for _ in range(4):
+            shared.now += BACK_AFTER_S
+            shared.step(cache, 1)
+        assert shared.slots == few
+        assert shared.room.num_slots_lost > 0
+        assert not caplog.messages
+        shared.is_busy = False
+        for _ in range(2):
+            shared.now += BACK_AFTER_S
+            shared.step(cache, 1)
+        assert shared.slots == 18
+        assert caplog.messages == ["That VRAM is free again: 18 expert slots are in use."]
+
+
+def test_slots_that_another_thread_uses_are_given_up_at_the_next_step_that_can(shared: Shared) -> None:
+    cache = DynamicCache()
+    shared.step(cache, CONTEXT - 8)
+    shared.step(cache, 1)
+    shared.taken, shared.is_busy = 3 * shared.placement.fast.slot_bytes + shared.room.planned_bytes, True
+    for _ in range(3):
         shared.step(cache, 1)
-    assert shared.room.others.num_bytes == 0
-    assert shared.slots == few
-    shared.is_busy = False
-    shared.step(cache, 10)
     assert shared.slots == 18
+    shared.is_busy = False
+    Forwards.step(shared, cache, 1)  # no time has gone by, so nothing is measured
+    assert shared.slots < 15
+    assert shared.room.num_slots_lost == 18 - shared.slots
+
+
+def test_memory_that_contexts_take_later_is_no_recovery(shared: Shared, caplog: pytest.LogCaptureFixture) -> None:
+    """Slots that others took are counted as given up once contexts would take them too."""
+    cache, room = DynamicCache(), shared.room
+    shared.step(cache, 10)
+    shared.taken = 1 << 40
+    shared.step(cache, 1)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="offload_moe.plan.room"):
+        shared.step(cache, next(n for n in range(500) if room.slots_for(11 + n, n) == 6))
+    assert room.num_slots_lost == 0
+    assert not caplog.messages
 
 
 def test_where_nothing_is_reported_nothing_is_watched() -> None:
