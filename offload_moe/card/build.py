@@ -7,7 +7,7 @@ import torch
 from offload_moe.card.block import Experts
 from offload_moe.card.device import CardDevice
 from offload_moe.card.forward import CardForward, CardPlan
-from offload_moe.card.linears import is_of_values, kernel_codec
+from offload_moe.card.linears import why_no_experts
 from offload_moe.card.memory import allocator
 from offload_moe.card.model import DecoderLayer, DecoderParts, decoder_parts
 from offload_moe.card.passes import CardPass
@@ -78,21 +78,16 @@ def _experts_of(
     if bound is None:
         return None
     module, codec = layers[bound.layer], codecs[bound.layer]
+    if reason := why_no_experts(codec.name, has_gate=module.shape.has_gate):
+        raise DevicePassUnavailable(f"no kernel there for {reason}")
     arithmetic = bound.arithmetic
     if not isinstance(arithmetic, NativeArithmetic):
         found = native_arithmetic(module.contract, module.shape, codec, is_exact=False)
         if found is None:
             raise DevicePassUnavailable("experts whose activation or shape has no kernel there")
         arithmetic = found
-    moe = arithmetic.kernel.struct
-    if arithmetic.order is None or any(map(is_of_values, (moe.first, moe.up, moe.second))):
+    if arithmetic.order is None:
         raise DevicePassUnavailable(f"experts in the codec {codec.name} have no kernel there")
-    gate, up = (kernel_codec(matrix, "experts") for matrix in (moe.first, moe.up if moe.up.rows else moe.first))
-    kernel_codec(moe.second, "experts")
-    if gate != up:
-        raise DevicePassUnavailable(
-            f"experts whose gate and up rows have different types ({codec.name}) have no kernel there"
-        )
     return Experts(
         arithmetic=arithmetic,
         num_experts=module.num_experts,

@@ -20,7 +20,7 @@ from offload_moe.native.constants import CODECS, GGUF_BLOCKS, GGUF_NUMBERS, GGUF
 from offload_moe.native.kernels import Linear
 from offload_moe.native.planes import VALUES, codec_name
 from offload_moe.native.structs import MatrixStruct
-from offload_moe.quant.gguf import PREFIX
+from offload_moe.quant.gguf import PREFIX, parse_gguf
 from offload_moe.quant.gguf_device import ON_DEVICE
 
 MOST_MATRICES = 4  # of one launch
@@ -90,9 +90,16 @@ def has_kernel(kind: str, *, is_table: bool = False) -> bool:
     return kind.lower() in TABLES if is_table else kind in ON_DEVICE
 
 
-def is_of_values(matrix: MatrixStruct) -> bool:
-    """Whether a matrix is there and of plain numbers, which kernels of panels do not take."""
-    return bool(matrix.rows) and _NAMES[matrix.codec] in (*VALUES, *GGUF_NUMBERS)
+def why_no_experts(codec: str, *, has_gate: bool) -> str:
+    """What of experts in GGUF's types has no kernel on a card; empty where all has, and for other codecs."""
+    found = parse_gguf(codec)
+    if found is None:
+        return ""
+    if not all(has_kernel(kind.name) for kind in found.kinds):
+        return f"experts in {codec}"
+    if has_gate and found.kinds[0] != found.kinds[1]:
+        return f"experts in {codec}, whose gate and up rows have different types"
+    return ""
 
 
 def kernel_codec(matrix: MatrixStruct, what: str) -> str:

@@ -6,15 +6,12 @@ import torch
 
 from offload_moe.card.build import install
 from offload_moe.card.device import CardDevice
-from offload_moe.card.linears import has_kernel
-from offload_moe.card.model import why_not
+from offload_moe.card.linears import has_kernel, why_no_experts
 from offload_moe.card.passes import CardPass
 from offload_moe.decode import FastPath
 from offload_moe.decode.report import LayerPath
 from offload_moe.engine.build import Engine
 from offload_moe.errors import BudgetError, DevicePassUnavailable, TransferError
-from offload_moe.families.text_model import TextModel
-from offload_moe.native.planes import not_in_panels_reason
 from offload_moe.quant.gguf import parse_gguf
 from offload_moe.store import Store
 from offload_moe.system.progress import Progress
@@ -50,11 +47,8 @@ class DevicePass:
 def why_no_types(store: Store) -> str:
     """Which of a GGUF file's types has no kernel on a card; empty where all have."""
     for layer in store.layers:
-        codec = parse_gguf(layer.codec or "")
-        if codec is None or any(not has_kernel(kind.name) for kind in codec.kinds):
-            return f"experts in {layer.codec}"
-        if layer.shape.has_gate and codec.kinds[0] != codec.kinds[1]:
-            return f"experts in {layer.codec}, whose gate and up rows have different types"
+        if reason := why_no_experts(layer.codec or "", has_gate=layer.shape.has_gate):
+            return reason
     for entry in store.dense.values():
         codec = parse_gguf(entry.codec or "") if entry.quantized is not None else None
         if codec is not None and not has_kernel(codec.kinds[0].name, is_table=entry.is_lookup):
@@ -62,17 +56,14 @@ def why_no_types(store: Store) -> str:
     return ""
 
 
-def open_device_pass(store: Store, skeleton: TextModel, device: torch.device, *, why_off: str) -> DevicePass:
-    """Look for a card and for whatever of the model has no kernel there, before anything is loaded.
-
-    why_off: the reason why there shall be none.
-    """
+def open_device_pass(device: torch.device, *, why_off: str) -> DevicePass:
+    """Look for a card before anything is loaded. why_off: the plan's reason why there shall be none."""
     if device.type != "cuda":
         return DevicePass()
     if torch.version.hip is not None:
         return DevicePass(reason="the kernels are for NVIDIA's cards")
-    if reason := why_off or not_in_panels_reason(store.codec) or why_not(skeleton):
-        return DevicePass(reason=reason)
+    if why_off:
+        return DevicePass(reason=why_off)
     try:
         return DevicePass(card=CardDevice.open(number=device.index or 0))
     except (DevicePassUnavailable, TransferError) as error:

@@ -32,11 +32,10 @@ from offload_moe.memory.unused_card import notice_of_unused_card
 from offload_moe.native.kernels import MAX_ROWS, use_torch_after_fork
 from offload_moe.plan.attention import with_earlier_states
 from offload_moe.plan.budget import forget_peak, give_back_freed_memory
-from offload_moe.plan.card_pass import PassShape
 from offload_moe.plan.fit import fit, measure_load, notices_of_budget, summary
 from offload_moe.plan.machine import compute_dtype
 from offload_moe.plan.parameters import ModelShape, describe_skeleton
-from offload_moe.plan.placement import Placement
+from offload_moe.plan.placement import Placement, Settings, why_no_device_pass
 from offload_moe.plan.room import ContextRoom, may_borrow
 from offload_moe.quant import is_built_in
 from offload_moe.residency.popularity import warm_start
@@ -76,7 +75,8 @@ def load(
     progress("Planning memory")
     draft = None if chosen.draft is None else find_draft(chosen.draft, token=chosen.token)
     planned = _plan(store, chosen, device, draft)
-    device_pass = _look_for_card(store, chosen, planned)
+    why_off = planned.why_no_pass if planned.placement.vram else "its experts have no slots in VRAM"
+    device_pass = open_device_pass(device, why_off=why_off)
     progress("Loading dense weights")
     engine = build(store, _blueprint(store, chosen, planned, device_pass), planned.skeleton, planned.mtp)
     with closed_on_error(engine.hierarchy):
@@ -91,8 +91,8 @@ def load(
 class Planned:
     """A model still on the meta device, and the plan of its memory. keeps_bits: results have eager's bits.
 
-    mtp: its layer for multi-token prediction; None where that is not loaded. draft_token_bytes: keys and values of a
-    draft model; 0 without one.
+    mtp: its layer for multi-token prediction; None where that is not loaded. why_no_pass: why decode does not take the
+    device pass; empty where the plan counts it. draft_token_bytes: keys and values of a draft model; 0 without one.
     """
 
     skeleton: TextModel
@@ -102,6 +102,7 @@ class Planned:
     keeps_bits: bool
     shape: ModelShape
     placement: Placement
+    why_no_pass: str
     draft_token_bytes: int
 
     def has_memory_for(self, choice: Choice) -> bool:
@@ -190,19 +191,22 @@ def _plan(store: Store, options: LoadOptions, device: torch.device, draft: Draft
     skeleton = skeleton_of(store, dtype)
     keeps_bits = keeps_eagers_bits(store.codec, device, dtype, is_exact=options.exact)
     shape = describe_skeleton(skeleton, is_fast_path=options.fast_path and not keeps_bits)
-    wants_pass = options.device_pass != "off" and options.fast_path and not keeps_bits
+    machine = measure_load(device, vram=options.vram_bytes, ram=options.ram_bytes, dtype=dtype)
+    wants_pass = options.device_pass != "off" and options.fast_path
+    settings = Settings(codec=store.codec, is_exact=options.exact, device_pass=wants_pass)
+    why_no_pass = why_no_device_pass(shape, machine, settings)
     place = partial(
         fit,
         store,
-        machine=measure_load(device, vram=options.vram_bytes, ram=options.ram_bytes, dtype=dtype),
+        machine=machine,
         context=options.context,
         dense_codec=options.dense_codec,
         is_exact=options.exact,
         draft_bytes=None if draft is None else draft.num_bytes,
-        device_pass=wants_pass,
+        device_pass=not why_no_pass,
     )
     takes_guesses = device.type == "cpu" and dtype == torch.float32 and options.fast_path and not keeps_bits
-    takes_pass = device.type == "cuda" and wants_pass and isinstance(shape.device_pass, PassShape)
+    takes_pass = device.type == "cuda" and not why_no_pass
     if takes_guesses or takes_pass:  # one state where passes are shared, of which the last token is taken back
         number = 1 if options.speculate == "off" else MAX_ROWS
         shape = replace(shape, attention=with_earlier_states(shape.attention, number))
@@ -219,21 +223,9 @@ def _plan(store: Store, options: LoadOptions, device: torch.device, draft: Draft
         keeps_bits=keeps_bits,
         shape=shape,
         placement=placement,
+        why_no_pass=why_no_pass,
         draft_token_bytes=0 if draft is None else draft.token_bytes,
     )
-
-
-def _look_for_card(store: Store, options: LoadOptions, planned: Planned) -> DevicePass:
-    why_off = ""
-    if options.device_pass == "off" or not options.fast_path:
-        why_off = "it is off"
-    elif planned.keeps_bits or options.exact:
-        why_off = "its numbers are kept bit for bit"
-    elif planned.placement.vram is None:
-        why_off = "its experts have no slots in VRAM"
-    elif planned.dtype == torch.float16:
-        why_off = "it computes in fp16, for which there are no kernels there"
-    return open_device_pass(store, planned.skeleton, planned.device, why_off=why_off)
 
 
 def _blueprint(store: Store, options: LoadOptions, planned: Planned, device_pass: DevicePass) -> Blueprint:

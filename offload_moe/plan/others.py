@@ -21,9 +21,9 @@ class OtherPrograms:
 
     What the process itself takes past torch's allocator looks like another program's: code and local memory of kernels
     at their first launch, executable graphs. Nearly all of that comes with the first answer. So until `settle` only
-    memory that was planned is kept, and from then on what is free beside it by then. Not told apart: what other
-    programs take beside the plan during the first answer, which counts as the process's own and is missing only from
-    that reserve; and what the process takes later (graphs for more rows, a kernel's first launch), which counts as
+    memory that was planned is kept, and from then on what is free beside it by then. What this cannot distinguish: what
+    other programs take beside the plan during the first answer, which counts as the process's own and is missing only
+    from that reserve; and what the process takes later (graphs for more rows, a kernel's first launch), which counts as
     other programs' where the reserve does not hold it. The slots have to make room for it in either case.
     """
 

@@ -155,6 +155,8 @@ def why_no_device_pass(shape: ModelShape, machine: Machine, settings: Settings) 
         return "it is off"
     if settings.is_exact:
         return "its numbers are kept bit for bit"
+    if machine.dtype == torch.float16:
+        return "it computes in fp16, for which there are no kernels there"
     if isinstance(shape.device_pass, str):
         return shape.device_pass
     return not_in_panels_reason(settings.codec) or ""

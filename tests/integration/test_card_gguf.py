@@ -67,10 +67,10 @@ def test_the_bits_are_the_cpus(
 @pytest.mark.parametrize(
     ("kinds", "reason"),
     [
-        ({"ffn_gate_exps": "Q5_K", "ffn_up_exps": "Q5_K"}, "experts in GGUF's type Q5_K"),
-        ({"ffn_gate_exps": "Q6_K"}, r"gate and up rows have different types \(gguf:Q6_K,Q4_K,Q4_K\)"),
-        ({"ffn_down_exps": "BF16"}, "experts in the codec gguf:Q4_K,Q4_K,BF16"),
-        ({"ffn_down_exps": "F16"}, "experts in the codec gguf:Q4_K,Q4_K,F16"),
+        ({"ffn_gate_exps": "Q5_K", "ffn_up_exps": "Q5_K"}, "experts in gguf:Q5_K,Q5_K,Q4_K"),
+        ({"ffn_gate_exps": "Q6_K"}, "experts in gguf:Q6_K,Q4_K,Q4_K, whose gate and up rows have different types"),
+        ({"ffn_down_exps": "BF16"}, "experts in gguf:Q4_K,Q4_K,BF16"),
+        ({"ffn_down_exps": "F16"}, "experts in gguf:Q4_K,Q4_K,F16"),
         ({"token_embd": "Q5_K"}, "an embedding in GGUF's type Q5_K"),
         ({"attn_q": "Q5_0"}, "dense weights in GGUF's type Q5_0"),
     ],

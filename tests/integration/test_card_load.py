@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,17 +12,22 @@ import pytest
 import torch
 from offload_moe_cli.status import full_statistics
 from support.card_machine import card_machine
+from support.card_model import store_of
 from support.chat import chat_store
 from support.cuda import fake, shim
-from support.tiny_models import tiny_model
 
+import offload_moe.engine.load as engine_load
 from offload_moe import load
 from offload_moe.card.device import CardDevice
 from offload_moe.engine.device_pass import DevicePass, open_device_pass
 from offload_moe.engine.model import Model
+from offload_moe.errors import BudgetError
+from offload_moe.plan.machine import Machine
+from offload_moe.plan.parameters import ModelShape
 from offload_moe.store import Store
 
 pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
+CARD = Machine(ram_bytes=1 << 30, vram_bytes=1 << 30)
 SETTINGS: dict[str, Any] = {"prefetch": 0, "context": 256, "dense_codec": "int8"}
 
 
@@ -34,6 +40,11 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[CardDevice]:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return chat_store(tmp_path_factory.mktemp("stores"))
+
+
+@pytest.fixture(scope="module")
+def linear_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return store_of("qwen3_next", tmp_path_factory.mktemp("stores"))
 
 
 def test_text(store: Path, card: CardDevice, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,13 +117,11 @@ def test_of_several_cards_a_line_names_the_one_that_is_used() -> None:
 
 
 @pytest.mark.parametrize(("name", "number"), [("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
-def test_the_pass_is_on_the_card_that_torch_has(
-    name: str, number: int, store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_pass_is_on_the_card_that_torch_has(name: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     open_card = CardDevice.open
     with fake.FakeDriver(num_cards=2) as driver:
         monkeypatch.setattr(CardDevice, "open", partial(open_card, driver.path, fake.nvrtc()))
-        opened = open_device_pass(Store.open(store), tiny_model("qwen3_moe"), torch.device(name), why_off="")
+        opened = open_device_pass(torch.device(name), why_off="")
         assert opened.card is not None
         assert opened.card.number == number
         opened.card.session.close()
@@ -125,8 +134,32 @@ def test_the_pass_is_on_the_card_that_torch_has(
         ({"why_off": ""}, "there is no libcuda.so.1"),
     ],
 )
-def test_why_there_is_none(settings: dict[str, str], reason: str, store: Path) -> None:
-    opened = open_device_pass(Store.open(store), tiny_model("qwen3_moe"), torch.device("cuda"), **settings)
+def test_why_there_is_none(settings: dict[str, str], reason: str) -> None:
+    opened = open_device_pass(torch.device("cuda"), **settings)
     (notice,) = opened.notices
     assert reason in notice
     assert opened.card is None
+
+
+@pytest.mark.parametrize(
+    ("options", "takes_it"),
+    [({}, True), ({"exact": True}, False), ({"dtype": "fp16"}, False), ({"device_pass": "off"}, False)],
+)
+def test_a_pass_that_is_not_taken_is_not_planned(
+    options: dict[str, Any], takes_it: bool, linear_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its graphs, nor the states of linear attention that tokens of its rows go back to."""
+    planned: list[tuple[ModelShape, bool]] = []
+
+    def place(_: Store, shape: ModelShape, *, device_pass: bool, **__: Any) -> None:
+        planned.append((shape, device_pass))
+        raise BudgetError("Nothing is loaded.")
+
+    monkeypatch.setattr(engine_load, "fit", place)
+    monkeypatch.setattr(engine_load, "compute_device", torch.device)
+    monkeypatch.setattr(engine_load, "measure_load", lambda _, *, dtype, **__: replace(CARD, chosen_dtype=dtype))
+    with pytest.raises(BudgetError, match="Nothing is loaded"):
+        load(linear_store, **({"device": "cuda", "dtype": "bf16"} | options))
+    ((shape, has_pass),) = planned
+    assert has_pass == takes_it
+    assert any(layer.earlier for layer in shape.attention.cache_layers) == takes_it
