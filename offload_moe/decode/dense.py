@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_moe.native import kernels
-from offload_moe.native.device import in_rows, record_linear
+from offload_moe.native.device import record_linear
 from offload_moe.quant import Codec, ExpertShape
 from offload_moe.quant.gguf import GgufCodec
 from offload_moe.quant.gguf_device import decode_anywhere
@@ -70,7 +70,9 @@ class QuantLinear(nn.Module):
             out = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
             self._kernel.step(x.contiguous(), self.record, out)
         else:
-            rows = record_linear(x.reshape(-1, self.in_features), self.in_rows(), self.shape, self.codec, "weight")
+            x_rows, in_panels = x.reshape(-1, self.in_features), self.in_panels and not self.record.is_cpu
+            record = self.record if in_panels else self.in_rows()
+            rows = record_linear(x_rows, record, self.shape, self.codec, "weight", in_panels=in_panels)
             out = rows.view(*x.shape[:-1], self.out_features)
         if self.bias is not None:
             out += self.bias
@@ -104,8 +106,7 @@ class QuantLinear(nn.Module):
         """The record in rows; a copy where it is in panels."""
         if self._order is None or not self.in_panels:
             return self.record
-        if not self.record.is_cpu:
-            return in_rows(self.record, self.shape, self.codec)
+        assert self.record.is_cpu
         record = self.record.clone()
         self._order.to_rows(record)
         return record

@@ -14,7 +14,7 @@ from torch import Tensor
 from offload_moe.experts.contract import ExpertsContract, pair_scale_of
 from offload_moe.experts.routing import Routing
 from offload_moe.native import kernels
-from offload_moe.native.device import in_rows, keeps_module_order, linear_of
+from offload_moe.native.device import keeps_module_order, linear_of
 from offload_moe.quant import Codec, ExpertShape
 from offload_moe.residency.lease import Lease, Wave
 
@@ -30,14 +30,13 @@ class DeviceArithmetic:
     """
 
     def __init__(self, module: ExpertsContract, shape: ExpertShape, codec: Codec, *, in_panels: bool = False) -> None:
-        """in_panels: records are in the order of the device pass; each computation makes a copy in rows."""
+        """in_panels: records are in the order of the device pass."""
         self.order = kernels.panel_order(codec.name, shape) if in_panels else None
-        self._shape, self._codec = shape, codec
         first, last = (matrix.name for matrix in shape.matrices)
         self._module = module
         self._pair_scale = pair_scale_of(module)
-        self._first = linear_of(shape, codec, first)
-        self._last = linear_of(shape, codec, last)
+        is_changed = self.order is not None
+        self._first, self._last = (linear_of(shape, codec, name, in_panels=is_changed) for name in (first, last))
         self._must_interleave = shape.is_interleaved and not keeps_module_order(codec)
 
     @torch.no_grad()
@@ -62,8 +61,6 @@ class DeviceArithmetic:
 
     def compute(self, group: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Rows ``[t, H]`` and record of each expert -> their outputs ``[p, H]``, one below the other."""
-        if self.order is not None:
-            group = [(rows, in_rows(record, self._shape, self._codec)) for rows, record in group]
         x = _concatenate([self._first(rows, record) for rows, record in group])
         if self._must_interleave:
             x = torch.stack(x.chunk(2, dim=-1), dim=-1).flatten(-2)

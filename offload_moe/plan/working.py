@@ -70,7 +70,8 @@ def tile_bytes(shape: ModelShape, codec: str, dense_codec: str, dtype: torch.dty
 
     Native kernels on the CPU multiply records without decoding. On a device nf4 decodes a matrix for several tokens,
     which does not occur in the output head; other codecs decode a matrix through fp32, a large one by tiles of rows.
-    An expert in the codec of an extension is decoded as a whole.
+    Records in panels are copied to rows by the same tiles, one or two bytes of each weight, which are not counted. An
+    expert in the codec of an extension is decoded as a whole.
     """
     is_whole = dense_codec == LOSSLESS
     left_out = (HEAD,) if dense_codec == "nf4" else ()

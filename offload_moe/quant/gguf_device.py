@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from offload_moe.quant.gguf import GgufType, decode_rows
-from offload_moe.quant.panels import from_panels
+from offload_moe.quant.panels import rows_of_parts
 
 MXFP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the values
 
@@ -34,19 +34,19 @@ _HALVES: Mapping[str, list[int]] = {
 _SIDES = {"Q6_K": (208, 209), "MXFP4": (0, 17)}
 
 
-def rows_of_panels(kind: GgufType, panels: Tensor, num_rows: int) -> Tensor:
-    """A part of a record in panels, uint8 flat -> as it lies in a file, ``[R, row bytes]``."""
+def rows_of_panels(kind: GgufType, panels: Tensor, num_rows: int, rows: slice) -> Tensor:
+    """Rows of a part of a record in panels, uint8 flat -> as they lie in a file, ``[R, row bytes]``."""
     places = torch.tensor(_HALVES[kind.name], device=panels.device)
     dword_bytes = len(panels) // kind.num_bytes * kind.num_dwords * 4
-    dwords = from_panels(panels[:dword_bytes].view(torch.int32), num_rows)
-    chunks = dwords.view(torch.uint8).view(num_rows, -1, kind.num_dwords * 2, 2)
-    rows = panels.new_empty(num_rows, chunks.shape[1], kind.num_bytes)
+    dwords = rows_of_parts(panels[:dword_bytes].view(torch.int32), num_rows, 1, rows)
+    chunks = dwords.view(torch.uint8).view(len(dwords), -1, kind.num_dwords * 2, 2)
+    found = panels.new_empty(*chunks.shape[:2], kind.num_bytes)
     for byte in range(2):
-        rows[:, :, places + byte] = chunks[..., byte]
+        found[:, :, places + byte] = chunks[..., byte]
     if kind.name in _SIDES:
-        sides = from_panels(panels[dword_bytes:].view(torch.int16), num_rows).view(torch.uint8)
-        rows[:, :, list(_SIDES[kind.name])] = sides.view(num_rows, -1, 2)
-    return rows.view(num_rows, -1)
+        sides = rows_of_parts(panels[dword_bytes:].view(torch.int16), num_rows, 1, rows).view(torch.uint8)
+        found[:, :, list(_SIDES[kind.name])] = sides.view(*chunks.shape[:2], 2)
+    return found.view(len(found), -1)
 
 
 def decode_anywhere(kind: GgufType, rows: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from offload_moe.quant.layout import round_up
+
 PANEL_ROWS = 16
 
 
@@ -29,6 +31,18 @@ def from_panels(panels: Tensor, num_rows: int) -> Tensor:
     )
     elements[whole:].copy_(panels[whole * count :].view(count, -1).T)
     return elements
+
+
+def rows_of_parts(panels: Tensor, num_rows: int, num_parts: int, rows: slice) -> Tensor:
+    """Rows of a matrix of `num_parts` equal parts, each in panels: flat -> their elements ``[r, n]``, a copy."""
+    count, size, pieces = panels.numel() // num_rows, num_rows // num_parts, []
+    for start in range(0, num_rows, size):
+        first, last = max(rows.start - start, 0), min(rows.stop - start, size)
+        if first < last:
+            begin, end = first // PANEL_ROWS * PANEL_ROWS, min(round_up(last, PANEL_ROWS), size)
+            found = from_panels(panels[(start + begin) * count : (start + end) * count], end - begin)
+            pieces.append(found[first - begin : last - begin])
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def panels_of_codes(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
