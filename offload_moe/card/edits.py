@@ -1,6 +1,5 @@
 """The list of changes that the host makes in the tables of a pass."""
 
-import ctypes
 from functools import cache
 
 import numpy as np
@@ -19,8 +18,7 @@ class Edits:
     def __init__(self, session: Session, capacity: int) -> None:
         """capacity: the most that are collected. Raises: BudgetError."""
         self._memory = SharedMemory(session, capacity * _EDIT.itemsize)
-        buffer = (ctypes.c_byte * (capacity * _EDIT.itemsize)).from_address(self._memory.host)
-        self._list = np.frombuffer(memoryview(buffer), dtype=_EDIT)
+        self._list = self._memory.array(_EDIT)
         self._places: dict[tuple[str, int], int] = {}
         self._many = np.empty(0, dtype=_EDIT)  # all of one kind
 

@@ -26,7 +26,7 @@ from offload_moe.card.rooms import Rooms
 from offload_moe.card.state import CardState
 from offload_moe.card.steps import CardSteps
 from offload_moe.card.stops import Stops
-from offload_moe.card.structs import constant, struct
+from offload_moe.card.structs import struct
 from offload_moe.card.tables import CardTables
 from offload_moe.decode.next_token import Draw, Wanted
 from offload_moe.errors import BudgetError, DevicePassUnavailable, TransferError
@@ -71,9 +71,6 @@ class CardPass:
         self.queued_s = 0.0
         self._state = CardState(tables.edits)
         first = self._steps_of(1)
-        head = constant("OM_CARD_LOG_HEAD")
-        most_log_ints = (first.log_ints - head) * MAX_ROWS + head
-        self._log = np.zeros(len(parts.layers) * most_log_ints, dtype=np.int32)
         scaling = [router.top_k for router in parts.routers if router.scales_inputs]
         self._scaled = np.zeros((MAX_ROWS * max(scaling, default=0), parts.hidden), dtype=np.float32)
         params = struct("apply_params")(
@@ -85,7 +82,7 @@ class CardPass:
             apply=ctypes.addressof(self._apply),
             notice=tables.notice.host,
             edits=tables.edits.host,
-            host_log=self._log.ctypes.data,
+            host_log=tables.log.ctypes.data,
             ram=hierarchy.ram.residency.table.handle,
             host_normed=tables.host_normed.host,
             host_pairs=tables.host_pairs.host,
@@ -139,7 +136,7 @@ class CardPass:
                 raise
             seconds = time.perf_counter() - began_s
             self.tables.sources.applied()
-            num_missed = self._account.end(self._log, steps, len(ids))
+            num_missed = self._account.end(self.tables.log, steps, len(ids))
             self._count(seconds, is_stepwise=is_stepwise)
             self.mode.measured(seconds, len(ids), num_missed=num_missed, is_stepwise=is_stepwise)
             self._give(steps, len(ids), wanted)
@@ -293,7 +290,7 @@ class CardPass:
             elif is_stepwise:
                 at = self._compute_waves(at, num_rows)
             else:
-                is_stepwise = self._stops.make_possible(at, num_rows, self._log, steps)
+                is_stepwise = self._stops.make_possible(at, num_rows, steps)
                 if is_stepwise:
                     self._state.forget("MODE")
                 code = self._library.om_card_continue(self._handle, self.tables.edits.take(), int(is_stepwise))

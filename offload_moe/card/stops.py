@@ -3,9 +3,6 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from offload_moe.card.account import Account
 from offload_moe.card.model import DecoderParts
 from offload_moe.card.steps import CardSteps
@@ -33,7 +30,7 @@ class Stops:
         self._top_k = [0 if layer.spec.router is None else layer.spec.router.top_k for layer in parts.layers]
         self.count = 0
 
-    def make_possible(self, at: int, num_rows: int, log: NDArray[np.int32], steps: CardSteps) -> bool:
+    def make_possible(self, at: int, num_rows: int, steps: CardSteps) -> bool:
         """Collect the edits with which a stopped layer goes on. Returns whether stepwise from there on.
 
         Raises: TransferError, ModelClosed.
@@ -46,9 +43,7 @@ class Stops:
             self._apply_now()  # what earlier stops have withdrawn leaves RAM slots, which experts need now
             edits.add("MODE", 1)
         else:
-            self._bring(
-                at, self._chosen(notice, at, num_rows), self._missing(notice, at, num_rows), log, steps, num_rows
-            )
+            self._bring(at, self._chosen(notice, at, num_rows), self._missing(notice, at, num_rows), steps, num_rows)
         edits.add("STOP", 0)
         return is_stepwise
 
@@ -59,9 +54,7 @@ class Stops:
             for _ in lease:
                 yield
 
-    def _bring(
-        self, at: int, chosen: list[int], missing: list[int], log: NDArray[np.int32], steps: CardSteps, num_rows: int
-    ) -> None:
+    def _bring(self, at: int, chosen: list[int], missing: list[int], steps: CardSteps, num_rows: int) -> None:
         """To RAM where the card can fetch them from there, else to its slots."""
         tables, ordinal, keys = self._tables, self._account.ordinals[at], self._hierarchy.scheduler.keys
         wanted = tuple(keys.keys(ordinal, missing))
@@ -73,7 +66,7 @@ class Stops:
             tables.sources.publish(tables.edits, wanted)
         if tables.sources.is_published[list(wanted)].all():
             return
-        self._account.follow(log, steps, num_rows)
+        self._account.follow(tables.log, steps, num_rows)
         tables.pool.recall()
         scheduler = self._hierarchy.scheduler
         with scheduler.acquire(ordinal, chosen) as lease:

@@ -4,16 +4,19 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from offload_moe.card.block import Experts
 from offload_moe.card.edits import Edits
+from offload_moe.card.launches import launch
 from offload_moe.card.memory import Allocate
 from offload_moe.card.model import DecoderParts
 from offload_moe.card.pool import CardPool
 from offload_moe.card.rooms import Rooms
 from offload_moe.card.sources import Sources
-from offload_moe.card.steps import Shared
+from offload_moe.card.steps import LOG_INT, Shared
 from offload_moe.card.structs import struct
 from offload_moe.native.constants import MAX_ROWS
 from offload_moe.native.session import Session, SharedMemory
@@ -23,7 +26,7 @@ OTHER_EDITS = 256  # beside those of keys and slots
 
 
 class CardTables:
-    """Allocated once for a model."""
+    """Allocated once for a model. log: that of the last pass, of all layers."""
 
     def __init__(
         self,
@@ -44,10 +47,14 @@ class CardTables:
         self.edits = Edits(session, 3 * num_keys + 3 * num_slots + OTHER_EDITS)
         self.sources = Sources(hierarchy.ram, hierarchy.arena, hierarchy.is_direct, session)
         row_bytes = 4 * parts.hidden
-        stride = max((router.top_k + 1 for router in parts.routers), default=1)
+        top_k = max((router.top_k for router in parts.routers), default=0)
         self._notice = SharedMemory(session, ctypes.sizeof(struct("notice")))
         self.host_normed = SharedMemory(session, MAX_ROWS * row_bytes)
-        self.host_pairs = SharedMemory(session, MAX_ROWS * stride * row_bytes)
+        self.host_pairs = SharedMemory(session, MAX_ROWS * (top_k + 1) * row_bytes)
+        num_ints = self._num_layers * launch("OM_CARD_LOG_INTS", MAX_ROWS * max(top_k, 1))
+        # Page-locked: a driver waits for all that is queued before it returns from a copy to other memory.
+        self._log = SharedMemory(session, num_ints * LOG_INT)
+        self.log: NDArray[np.int32] = self._log.array(np.int32)
 
     @property
     def notice(self) -> SharedMemory:
@@ -57,7 +64,7 @@ class CardTables:
         """End the leases of sources, and free shared memory; no pass runs any more."""
         self.sources.close()
         self.edits.close()
-        for memory in (self._notice, self.host_normed, self.host_pairs):
+        for memory in (self._notice, self.host_normed, self.host_pairs, self._log):
             memory.close()
 
     def read_notice(self) -> Any:

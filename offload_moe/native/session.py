@@ -4,6 +4,9 @@ import ctypes
 import weakref
 from typing import Any
 
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
 from offload_moe.errors import BudgetError, TransferError
 from offload_moe.native.driver import Driver
 from offload_moe.native.library import load_library
@@ -126,8 +129,13 @@ class SharedMemory:
             raise BudgetError(f"The driver refused {format_size(num_bytes)} of page-locked RAM: {meaning}.")
         self.host, self.address = host.value, address.value
         ctypes.memset(self.host, 0, num_bytes)
+        self._num_bytes = num_bytes
         self._free = weakref.finalize(self, _free_shared, session, self.host)
         self._free.atexit = False
+
+    def array(self, dtype: DTypeLike) -> NDArray[Any]:
+        """The whole of it as the host's numbers, until it is closed."""
+        return np.frombuffer(memoryview((ctypes.c_byte * self._num_bytes).from_address(self.host)), dtype=dtype)
 
     def close(self) -> None:
         """Free it; neither side may use it any more."""

@@ -20,7 +20,9 @@ def edits(monkeypatch: pytest.MonkeyPatch) -> tuple[Edits, Any]:
     """Edits, and the array that the card reads."""
     memory = (struct("edit") * CAPACITY)()
     address = ctypes.addressof(memory)
-    shared = SimpleNamespace(host=address, address=address, close=lambda: None)
+    shared = SimpleNamespace(
+        host=address, address=address, array=lambda dtype: np.frombuffer(memory, dtype=dtype), close=lambda: None
+    )
     monkeypatch.setattr(module, "SharedMemory", lambda session, num_bytes: shared)
     session: Any = None
     return Edits(session, CAPACITY), memory

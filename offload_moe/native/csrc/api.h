@@ -234,7 +234,7 @@
     FIELD(T, const om_session *, session, ) \
     FIELD(T, const om_card_node *, apply, ) \
     FIELD(T, void *, notice, ) FIELD(T, void *, edits, ) /* om_card_notice and om_card_edit[] in shared memory */ \
-    FIELD(T, void *, host_log, ) \
+    FIELD(T, void *, host_log, ) /* page-locked */ \
     FIELD(T, om_slot_table *, ram, ) \
     FIELD(T, float *, host_normed, ) FIELD(T, float *, host_pairs, ) /* shared memory: [OM_MAX_ROWS, H], [OM_MAX_ROWS, stride, H] */ \
     FIELD(T, float *, scaled, ) /* [OM_MAX_ROWS * K, H], where inputs are scaled */ \
