@@ -25,18 +25,18 @@ FIRST_STAMP = 1  # of what the host brought: older than anything that a pass has
 class CardPool:
     """The device's tables, and what of them has reached the host.
 
-    slot_of, key_of: as published. tables: `om_card_tables`.
+    slot_of, key_of: as published; there may be as many slots as keys. tables: `om_card_tables`.
     """
 
     def __init__(self, hierarchy: Hierarchy, allocate: Allocate) -> None:
         self._hierarchy = hierarchy
         self._scheduler = scheduler = hierarchy.scheduler
-        num_keys, self.num_slots = scheduler.keys.total, scheduler.residency.num_slots
+        self.num_keys = num_keys = scheduler.keys.total
         self.slot_of: NDArray[np.int64] = np.full(num_keys, -1, dtype=np.int64)
-        self.key_of: NDArray[np.int64] = np.full(self.num_slots, HOSTS, dtype=np.int64)
-        self.num_owned = 0
+        self.key_of: NDArray[np.int64] = np.full(num_keys, HOSTS, dtype=np.int64)
+        self.num_owned = self.num_slots = 0  # slots of the card; those from `num_slots` on are none
         self._worths: NDArray[np.uint64] = in_groups(np.zeros(num_keys, dtype=np.float32))  # as published
-        self._device = [allocate(8 * num_keys) for _ in range(2)] + [allocate(8 * self.num_slots) for _ in range(3)]
+        self._device = [allocate(8 * num_keys) for _ in range(5)]
         slots, sources, keys, used, memory = self._device
         worth = allocate(self._worths.nbytes)
         self._device.append(worth)
@@ -51,7 +51,6 @@ class CardPool:
             worth=worth.data_ptr(),
             memory=memory.data_ptr(),
             source=sources.data_ptr(),
-            num_slots=self.num_slots,
         )
         self.is_lent = False
 
@@ -62,12 +61,11 @@ class CardPool:
             self._settle()
             scheduler.residency.lend()
             table = scheduler.residency.table
-            count = min(self.num_slots, len(table.states))
-            states, keys = np.frombuffer(table.states, np.uint8)[:count], np.frombuffer(table.keys, np.int64)[:count]
-            wanted = np.full(self.num_slots, HOSTS, dtype=np.int64)
-            wanted[:count][states == FREE] = EMPTY
-            wanted[:count][states == RESIDENT] = keys[states == RESIDENT]
-            self._place(count)
+            states, keys = np.frombuffer(table.states, np.uint8), np.frombuffer(table.keys, np.int64)
+            wanted = np.full(self.num_keys, HOSTS, dtype=np.int64)
+            wanted[: len(states)][states == FREE] = EMPTY
+            wanted[: len(states)][states == RESIDENT] = keys[states == RESIDENT]
+            self._place(len(states))
             self.is_lent = True
         self._publish(wanted, edits)
 
@@ -136,7 +134,7 @@ class CardPool:
                 edits.add("KEY_OF", key, slot)
                 edits.add("USED", FIRST_STAMP if key >= 0 else 0, slot)
             self.key_of[:] = wanted
-        num_owned = int((wanted != HOSTS).sum())
-        if num_owned != self.num_owned:
-            self.num_owned = num_owned
-            edits.add("OWNED", num_owned)
+        owned = np.flatnonzero(wanted != HOSTS)
+        self.num_owned, self.num_slots = len(owned), int(owned[-1]) + 1 if len(owned) else 0
+        edits.add("OWNED", self.num_owned)
+        edits.add("SLOTS", self.num_slots)

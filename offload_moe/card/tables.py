@@ -43,8 +43,7 @@ class CardTables:
         first = struct("state")(token=1, num_rows=1)
         self.state[: ctypes.sizeof(first)] = torch.frombuffer(bytearray(bytes(first)), dtype=torch.uint8)
         self.pool = CardPool(hierarchy, allocate)
-        num_keys, num_slots = hierarchy.scheduler.keys.total, self.pool.num_slots
-        self.edits = Edits(session, 3 * num_keys + 3 * num_slots + OTHER_EDITS)
+        self.edits = Edits(session, 6 * self.pool.num_keys + OTHER_EDITS)
         self.sources = Sources(hierarchy.ram, hierarchy.arena, hierarchy.is_direct, session)
         row_bytes = 4 * parts.hidden
         top_k = max((router.top_k for router in parts.routers), default=0)

@@ -12,7 +12,7 @@ from offload_moe.native.constants import CONSTANTS
 from offload_moe.native.functions import FUNCTIONS
 from offload_moe.native.structs import STRUCTS
 
-ABI_VERSION = 4  # OM_ABI_VERSION of `csrc/api.h`
+ABI_VERSION = 5  # OM_ABI_VERSION of `csrc/api.h`
 HOW_TO_REBUILD = "Rebuild it: `scripts/install`, or `pip install --force-reinstall --no-deps .` in the source folder."
 
 _TYPES = {

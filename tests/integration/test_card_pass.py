@@ -213,6 +213,20 @@ def test_the_pool_shrinks_and_grows_between_tokens(card_store: Path, driver: fak
         check_tables(model)
 
 
+def test_the_pool_grows_beyond_its_size_at_load(card_store: Path, driver: fake.FakeDriver) -> None:
+    ids, _ = tiny_prompt(1, NUM_PROMPT + 4, seed=2)
+    with open_model(card_store) as model:
+        expected = token_by_token(model.hf, ids, lambda: None)
+    with card_model(card_store, driver, ALL, 4, slots_per_chunk=4) as model:
+        model.card.mode.mode = "queued"
+        sizes = iter([16, 16, 8, ALL])
+        found = token_by_token(model.hf, ids, lambda: model.engine.hierarchy.resize("vram", next(sizes)))
+        assert torch.equal(found, expected)
+        check_tables(model)
+        assert model.card.tables.pool.num_owned == ALL
+        assert max(model.card.tables.pool.slot_of) > 8
+
+
 def token_by_token(hf: Any, ids: Tensor, between: Callable[[], object]) -> Tensor:
     cache = DynamicCache(config=hf.config)
     give_room(cache, 512, torch.bfloat16)

@@ -58,7 +58,9 @@ class Layer:
 
     def __init__(self, library: shim.ShimLibrary, key_of: list[int], used: list[int], *, token: int) -> None:
         self.library = library
-        self.state = struct("state")(num_rows=1, token=token, num_owned=sum(key != HOSTS for key in key_of))
+        self.state = struct("state")(
+            num_rows=1, token=token, num_owned=sum(key != HOSTS for key in key_of), num_slots=NUM_SLOTS
+        )
         self.key_of, self.used = np.array(key_of, np.int32), np.array(used, np.uint32)
         self.slot_of = np.full(NUM_KEYS, -1, np.int32)
         for slot, key in enumerate(key_of):
@@ -73,7 +75,7 @@ class Layer:
         self.notice, self.fetches = struct("notice")(), struct("fetches")()
 
     def run(self, kernel: str, **others: Any) -> None:
-        tables = struct("tables")(num_slots=NUM_SLOTS)
+        tables = struct("tables")()
         for name in ("slot_of", "key_of", "used", "worth", "memory", "source"):
             setattr(tables, name, getattr(self, name).ctypes.data)
         state = ctypes.addressof(self.state)

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define OM_ABI_VERSION 4
+#define OM_ABI_VERSION 5
 
 /* Fields are FIELD(struct, type, name, array dimension or nothing). */
 

@@ -32,7 +32,7 @@ typedef struct {
     int mode;
     int token;      /* of this pass; the last kernel advances it */
     int num_owned;  /* slots of the device */
-    int reserved;
+    int num_slots;  /* those from this one on are the host's; as many as keys at most */
     int positions[OM_CARD_ROWS]; /* of each row in its sequence */
     int advance[OM_CARD_ROWS];   /* what the last kernel adds to them */
     int tokens[OM_CARD_ROWS];    /* of the pass; behind it, those that it has chosen */
@@ -41,7 +41,7 @@ typedef struct {
     om_card_sampling draws[OM_CARD_ROWS];
 } om_card_state;
 
-/* Written by `apply`, `resolve` and `admit`, and by nothing else. */
+/* Written by `apply`, `resolve` and `admit`, and by nothing else. Slots: as many as keys, since the pool may grow. */
 typedef struct {
     int *slot_of;                  /* [keys]; -1: not resident */
     int *key_of;                   /* [slots]: a key, OM_CARD_EMPTY or OM_CARD_HOSTS */
@@ -49,7 +49,6 @@ typedef struct {
     unsigned char *worth;          /* [keys], whole groups of 8: by the host's policy */
     const om_card_address *memory; /* [slots] */
     om_card_address *source;       /* [keys]: a complete, checked record in page-locked memory; 0: none */
-    int num_slots, reserved;
 } om_card_tables;
 
 /* In mapped memory of the host, which reads it. */
@@ -92,6 +91,7 @@ typedef struct {
 #define OM_EDIT_SEED 15
 #define OM_EDIT_WORTHS 16 /* a group of 8 keys */
 #define OM_EDIT_MOVE 17   /* the place that a row reads, and, 32 bits higher, the one that it leaves */
+#define OM_EDIT_SLOTS 18
 
 /* Grid: OM_CARD_UP(num_edits, OM_APPLY_THREADS). It runs when the pass is stopped, too. */
 typedef struct {

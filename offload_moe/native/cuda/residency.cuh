@@ -32,6 +32,7 @@ extern "C" __global__ void __launch_bounds__(OM_APPLY_THREADS) om_apply(const om
     if (kind == OM_EDIT_ROWS) p.state->num_rows = (int)value;
     if (kind == OM_EDIT_MODE) p.state->mode = (int)value;
     if (kind == OM_EDIT_OWNED) p.state->num_owned = (int)value;
+    if (kind == OM_EDIT_SLOTS) p.state->num_slots = (int)value;
     if (kind == OM_EDIT_STOP) p.state->stop = (int)value;
     if (kind == OM_EDIT_PASS) p.state->token = (int)value;
     if (kind == OM_EDIT_TEMPERATURE) p.state->draws[at].temperature = __uint_as_float((unsigned)value);
@@ -91,9 +92,9 @@ extern "C" __global__ void __launch_bounds__(OM_RESOLVE_THREADS) om_resolve(cons
 
 /* The device's slot that is worth least, of equals the one used longest ago, of these the first, and none that this layer uses;
  * as (worth, stamp, slot). What was used since this layer's last turn is worth most: the host's worths are older. */
-static __device__ __forceinline__ unsigned long long least_slot(const om_card_tables &tables, unsigned now, int num_layers) {
+static __device__ __forceinline__ unsigned long long least_slot(const om_card_tables &tables, int num_slots, unsigned now, int num_layers) {
     unsigned long long least = ~0ull;
-    for (int s = (int)threadIdx.x; s < tables.num_slots; s += OM_ADMIT_THREADS) {
+    for (int s = (int)threadIdx.x; s < num_slots; s += OM_ADMIT_THREADS) {
         const int key = tables.key_of[s];
         const int is_fresh = now - tables.used[s] < (unsigned)num_layers;
         const unsigned long long worth = key < 0 ? 0 : is_fresh ? OM_CARD_MOST_WORTH : tables.worth[key];
@@ -125,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(OM_ADMIT_THREADS) om_admit(const om
     if (t == 0) p.fetches->count = 0;
     for (int i = 0; i < num_pairs; i++) {
         if (p.hits[i] || !is_first(p.ids, i)) continue; /* the same for all threads */
-        const unsigned long long mine = least_slot(p.tables, now, p.num_layers);
+        const unsigned long long mine = least_slot(p.tables, p.state->num_slots, now, p.num_layers);
         if (t % 32 == 0) least[t / 32] = mine;
         __syncthreads();
         if (t == 0) {
