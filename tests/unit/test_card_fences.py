@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from tests.support.cuda.fake import CSRC
 from tests.support.cuda.shim import KERNELS
 
 TEXTS = {path.name: re.sub(r"/\*.*?\*/", " ", path.read_text(), flags=re.DOTALL) for path in KERNELS.glob("*.cuh")}
@@ -17,6 +18,7 @@ HOSTS = r"p\.(?:notice->\w+|host_normed)(?:\[[^\]]*\])? = "
 FENCE, BARRIER = "__threadfence_system();", "__syncthreads();"
 # Atomics, all of them on shared memory: by file, what they change.
 ATOMICS = {"choose.cuh": {"m.bins"}, "residency.cuh": {"num_distinct", "num_missing", "has_no_source"}}
+HOSTS_FLAGS = "stamp|done"
 ONE_BLOCK = {"resolve", "admit", "finish"}  # launches of a single block, which barriers order
 BY_TWO_KERNELS = {("choose", "greatest")}  # one launch writes it, and a later one reads it
 PARAMS = re.compile(r"om_card_(\w+)_params\s*&?\s*p\b")
@@ -50,6 +52,14 @@ def faults_of_flags(text: str) -> list[str]:
     return found + [f"{name} writes where the host reads" for name in others if re.search(HOSTS, body(text, name))]
 
 
+def unordered_reads(text: str) -> list[str]:
+    """Lines of the host's code that read a flag while a kernel may run, and do not order later reads behind it."""
+    others = re.sub(
+        rf"__atomic_load_n\(&[\w>-]+->(?:{HOSTS_FLAGS}), __ATOMIC_ACQUIRE\)|om_host_access\(.*\);", "", text
+    )
+    return re.findall(rf"^.*->(?:{HOSTS_FLAGS})\b(?! = ).*$", others, re.MULTILINE)
+
+
 def both_read_and_written(text: str) -> set[tuple[str, str]]:
     """Members of parameters that kernels of several blocks read and write: kind of parameters and member."""
     kinds = [(match.start(), match[1]) for match in PARAMS.finditer(text)]
@@ -71,6 +81,13 @@ def test_a_fence_that_is_missing_is_noticed(number: int) -> None:
     at = [match.start() for match in re.finditer(re.escape(FENCE), text)]
     assert len(at) == 3
     assert faults_of_flags(text[: at[number]] + text[at[number] + len(FENCE) :])
+
+
+def test_the_host_reads_flags_in_order() -> None:
+    texts = {path.name: path.read_text() for path in CSRC.glob("card_*.c")}
+    assert {name: lines for name, text in texts.items() if (lines := unordered_reads(text))} == {}
+    plain = texts["card_step.c"].replace(", __ATOMIC_ACQUIRE", ", __ATOMIC_RELAXED")
+    assert len(unordered_reads(plain)) == 1
 
 
 def test_a_store_behind_a_fence_or_of_another_kernel_is_noticed() -> None:

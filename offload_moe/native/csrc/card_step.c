@@ -143,7 +143,9 @@ static int skip_dense(om_device_pass *pass) {
 /* Wait for the router of the layer. 1: it has chosen; 0: not yet; negative: OM_CARD_ERROR. */
 static int64_t has_chosen(const om_device_pass *pass) {
     const int64_t is_idle = om_card_is_idle(pass); /* which also submits what a driver would batch */
-    if (is_idle < 0 || pass->notice->stamp != stamp_of(pass)) return is_idle < 0 ? is_idle : 0;
+    /* Acquire: what the card has written before the stamp is read behind it, by processors that reorder loads, too. */
+    const uint32_t stamp = __atomic_load_n(&pass->notice->stamp, __ATOMIC_ACQUIRE);
+    if (is_idle < 0 || stamp != stamp_of(pass)) return is_idle < 0 ? is_idle : 0;
     om_host_access(pass->driver, (const void *)&pass->notice->stamp, sizeof pass->notice->stamp, OM_HOST_POLLS);
     om_host_access(pass->driver, pass->notice, sizeof *pass->notice, OM_HOST_READS);
     return 1;
