@@ -82,6 +82,7 @@ class CardPass:
             apply=ctypes.addressof(self._apply),
             notice=tables.notice.host,
             edits=tables.edits.host,
+            num_edits=tables.edits.count_address,
             host_log=tables.log.ctypes.data,
             ram=hierarchy.ram.residency.table.handle,
             host_normed=tables.host_normed.host,
@@ -184,7 +185,8 @@ class CardPass:
 
     def _run_between(self, graph: int) -> None:
         """Apply the edits, run a graph unless it is 0, and wait."""
-        code = self._library.om_card_run_between(self._handle, self.tables.edits.take(), graph)
+        self.tables.edits.give()
+        code = self._library.om_card_run_between(self._handle, graph)
         self._check(code, "change the tables of a pass")
 
     def recall(self) -> None:
@@ -267,9 +269,8 @@ class CardPass:
         num_rows = [counts[id(cache)] for cache in caches]
         self._state.begin(ids, positions, num_rows, draw, moves, is_stepwise=is_stepwise)
         self._account.begin(self._library.om_card_number(self._handle))
-        code = self._library.om_card_begin(
-            self._handle, steps.address, len(ids), self.tables.edits.take(), int(is_stepwise), gives
-        )
+        self.tables.edits.give()
+        code = self._library.om_card_begin(self._handle, steps.address, len(ids), int(is_stepwise), gives)
         self._check(code, "begin a pass")
 
     def _give(self, steps: CardSteps, num_rows: int, wanted: Wanted | None) -> None:
@@ -293,7 +294,8 @@ class CardPass:
                 is_stepwise = self._stops.make_possible(at, num_rows, steps)
                 if is_stepwise:
                     self._state.forget("MODE")
-                code = self._library.om_card_continue(self._handle, self.tables.edits.take(), int(is_stepwise))
+                self.tables.edits.give()
+                code = self._library.om_card_continue(self._handle, int(is_stepwise))
                 self._check(code, "continue a pass")
                 at = self._next(POLL_S)
 

@@ -19,6 +19,7 @@ from offload_moe.residency.hierarchy import Hierarchy
 from offload_moe.residency.policy import Appraising
 
 EMPTY, HOSTS = -1, -2  # OM_CARD_EMPTY, OM_CARD_HOSTS
+UNKNOWN = -3  # while it is published
 FIRST_STAMP = 1  # of what the host brought: older than anything that a pass has used
 
 
@@ -66,8 +67,8 @@ class CardPool:
             wanted[: len(states)][states == FREE] = EMPTY
             wanted[: len(states)][states == RESIDENT] = keys[states == RESIDENT]
             self._place(len(states))
-            self.is_lent = True
         self._publish(wanted, edits)
+        self.is_lent = True
 
     def publish_worths(self, edits: Edits) -> None:
         """Give the card the worth of each expert by the host's policy, where that has a number for each."""
@@ -81,7 +82,7 @@ class CardPool:
 
     def recall(self) -> None:
         """Take the slots back; no pass may be under way, and the log of the last one has been read."""
-        if self.is_lent:
+        if self._scheduler.residency.is_lent:
             with self._scheduler.changed:
                 self._scheduler.residency.end_lending()
                 self.is_lent = False
@@ -98,7 +99,7 @@ class CardPool:
 
     def read_back(self, slot_of: Sequence[int]) -> None:
         """After a pass that was given up: the slots of all keys as the device has them (lock held)."""
-        for key, slot in enumerate(slot_of):
+        for key, slot in enumerate(slot_of if self.is_lent else ()):
             if slot >= 0 and self.key_of[slot] != key:
                 self.replay([(slot, int(self.key_of[slot]), key)])
 
@@ -120,21 +121,19 @@ class CardPool:
             raise scheduler.late("Copies of experts to the device")
 
     def _publish(self, wanted: NDArray[np.int64], edits: Edits) -> None:
-        """Edit the tables where they differ."""
-        changed = np.flatnonzero(wanted != self.key_of)
-        if len(changed):
-            gone = [key for key in self.key_of[changed].tolist() if key >= 0]
-            self.slot_of[gone] = -1
-            here = changed[wanted[changed] >= 0]
-            self.slot_of[wanted[here]] = here
-            keys = sorted({*gone, *wanted[here].tolist()})
-            for key, slot in zip(keys, self.slot_of[keys].tolist(), strict=True):
-                edits.add("SLOT_OF", slot, key)
-            for slot, key in zip(changed.tolist(), wanted[changed].tolist(), strict=True):
-                edits.add("KEY_OF", key, slot)
-                edits.add("USED", FIRST_STAMP if key >= 0 else 0, slot)
-            self.key_of[:] = wanted
+        """Edit the tables where they differ; everywhere, behind an interrupt within."""
+        slots = np.flatnonzero(wanted >= 0)
+        slot_of = np.full(self.num_keys, -1, dtype=np.int64)
+        slot_of[wanted[slots]] = slots
+        keys, changed = np.flatnonzero(slot_of != self.slot_of), np.flatnonzero(wanted != self.key_of)
+        self.slot_of[:], self.key_of[:] = UNKNOWN, UNKNOWN
+        for key, slot in zip(keys.tolist(), slot_of[keys].tolist(), strict=True):
+            edits.add("SLOT_OF", slot, key)
+        for slot, key in zip(changed.tolist(), wanted[changed].tolist(), strict=True):
+            edits.add("KEY_OF", key, slot)
+            edits.add("USED", FIRST_STAMP if key >= 0 else 0, slot)
         owned = np.flatnonzero(wanted != HOSTS)
         self.num_owned, self.num_slots = len(owned), int(owned[-1]) + 1 if len(owned) else 0
         edits.add("OWNED", self.num_owned)
         edits.add("SLOTS", self.num_slots)
+        self.slot_of[:], self.key_of[:] = slot_of, wanted

@@ -92,13 +92,14 @@ class Sources:
             return
         address = self._session.address_of(self._arena.slot(slot).data_ptr())
         if address:
-            self._ram.residency.lease(slot)
-            self._slot_of[key] = slot
-            self.is_published[key] = True
+            if key not in self._slot_of:
+                self._ram.residency.lease(slot)
+                self._slot_of[key] = slot
             edits.add("SOURCE", address, key)
+            self.is_published[key] = True
 
     def _withdraw(self, keys: list[int], edits: Edits) -> None:
         for key in keys:
-            self._ending.append(self._slot_of.pop(key))
             self.is_published[key] = False
-            edits.add("SOURCE", 0, key)
+            edits.add("SOURCE", 0, key)  # before its lease may end, wherever an interrupt comes
+            self._ending.append(self._slot_of.pop(key))

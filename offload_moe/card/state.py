@@ -66,8 +66,8 @@ class CardState:
 
     def _set(self, kind: str, value: int, row: int = 0) -> None:
         if self._known.get((kind, row)) != value:
-            self._known[kind, row] = value
             self._edits.add(kind, value, row)
+            self._known[kind, row] = value
 
 
 def _bits(number: float) -> int:

@@ -316,7 +316,7 @@ class CardOptionsStruct(ctypes.Structure):
     """`om_card_options`."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("session", "apply", "notice", "edits", "host_log", "ram")),
+        *((name, ctypes.c_void_p) for name in ("session", "apply", "notice", "edits", "num_edits", "host_log", "ram")),
         *((name, ctypes.c_void_p) for name in ("host_normed", "host_pairs", "scaled")),
         ("hidden", ctypes.c_int64),
     )

@@ -1,5 +1,6 @@
 """The device pass on the fake driver: the CPU's bits, whatever is resident, refused, late, stopped or given up."""
 
+import ctypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from support.tiny_models import tiny_prompt
 from torch import Tensor
 from transformers import DynamicCache
 
+from offload_moe.card.edits import Edits
 from offload_moe.card.stops import Stops
 from offload_moe.decode.cache import give_room
 from offload_moe.errors import BudgetError, DevicePassUnavailable, TransferError
@@ -200,6 +202,33 @@ def test_a_pass_that_is_given_up_at_a_layer_leaves_nothing_behind(
         check_tables(model)
         assert torch.equal(logits(model.hf), expected)
         check_tables(model)
+
+
+def test_an_interrupt_before_edits_are_taken_loses_none(
+    card_store: Path, expected: Tensor, driver: fake.FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source that the card still reads, whose slot the host has given away, would be other weights."""
+    original, left = Edits.give, [0]
+
+    def interrupt(self: Edits) -> None:
+        original(self)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Edits, "give", interrupt)
+    with card_model(card_store, driver, 6, 5) as model:
+        tables = model.card.tables
+        model.card.mode.mode = "queued"
+        for number in range(1, 9):
+            left[0] = number
+            with pytest.raises(KeyboardInterrupt):
+                logits(model.hf)
+            check_tables(model)
+            sources = (ctypes.c_uint64 * ALL).from_address(tables.pool.tables.source)
+            assert [source > 0 for source in sources] == tables.sources.is_published.tolist()
+        left[0] = 0
+        assert torch.equal(logits(model.hf), expected)
 
 
 def test_the_pool_shrinks_and_grows_between_tokens(card_store: Path, driver: fake.FakeDriver) -> None:

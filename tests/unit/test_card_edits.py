@@ -29,7 +29,12 @@ def edits(monkeypatch: pytest.MonkeyPatch) -> tuple[Edits, Any]:
 
 
 def taken(edits: Edits, memory: Any) -> list[tuple[int, int, int]]:
-    return [(edit.kind, edit.index, edit.value) for edit in memory[: edits.take()]]
+    """As native code takes them."""
+    edits.give()
+    count = ctypes.c_int64.from_address(edits.count_address)
+    found = [(edit.kind, edit.index, edit.value) for edit in memory[: count.value]]
+    count.value = 0
+    return found
 
 
 def many(edits: Edits, **values: int) -> None:
@@ -48,6 +53,17 @@ def test_many_edits_stand_behind_single_ones_and_replace_earlier_ones(edits: tup
     assert taken(listed, memory) == []
     many(listed, k2=1)
     assert taken(listed, memory) == [(worths, 2, 1)]
+
+
+def test_edits_that_were_given_and_not_taken_stay(edits: tuple[Edits, Any]) -> None:
+    listed, memory = edits
+    token, stop, worths = (constant(f"OM_EDIT_{name}") for name in ("TOKEN", "STOP", "WORTHS"))
+    many(listed, k0=5)
+    listed.add("TOKEN", 7, 0)
+    listed.give()
+    listed.add("STOP", 0)
+    assert taken(listed, memory) == [(token, 0, 7), (stop, 0, 0), (worths, 0, 5)]
+    assert taken(listed, memory) == []
 
 
 def test_the_greatest_worth_is_the_kernels() -> None:

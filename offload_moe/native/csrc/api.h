@@ -234,6 +234,7 @@
     FIELD(T, const om_session *, session, ) \
     FIELD(T, const om_card_node *, apply, ) \
     FIELD(T, void *, notice, ) FIELD(T, void *, edits, ) /* om_card_notice and om_card_edit[] in shared memory */ \
+    FIELD(T, int64_t *, num_edits, ) /* of the list that is to be applied, which makes it 0 */ \
     FIELD(T, void *, host_log, ) /* page-locked */ \
     FIELD(T, om_slot_table *, ram, ) \
     FIELD(T, float *, host_normed, ) FIELD(T, float *, host_pairs, ) /* shared memory: [OM_MAX_ROWS, H], [OM_MAX_ROWS, stride, H] */ \
@@ -399,11 +400,11 @@
     FUNCTION(void, om_card_graph_free, (const om_session *session, void *executable)) \
     FUNCTION(om_device_pass *, om_card_open, (const om_card_options *options)) \
     FUNCTION(void, om_card_close, (om_device_pass *pass)) \
-    FUNCTION(int64_t, om_card_begin, (om_device_pass *pass, const om_card_steps *steps, int64_t num_rows, int64_t num_edits, \
-                                      int32_t is_stepwise, int32_t gives)) \
+    FUNCTION(int64_t, om_card_begin, (om_device_pass *pass, const om_card_steps *steps, int64_t num_rows, int32_t is_stepwise, \
+                                      int32_t gives)) \
     FUNCTION(int64_t, om_card_next, (om_device_pass *pass, double limit_s)) \
-    FUNCTION(int64_t, om_card_continue, (om_device_pass *pass, int64_t num_edits, int32_t is_stepwise)) \
-    FUNCTION(int64_t, om_card_run_between, (om_device_pass *pass, int64_t num_edits, void *graph)) \
+    FUNCTION(int64_t, om_card_continue, (om_device_pass *pass, int32_t is_stepwise)) \
+    FUNCTION(int64_t, om_card_run_between, (om_device_pass *pass, void *graph)) \
     FUNCTION(int64_t, om_card_cancel, (om_device_pass *pass)) \
     FUNCTION(int32_t, om_card_number, (const om_device_pass *pass)) \
     FUNCTION(double, om_card_cpu_seconds, (const om_device_pass *pass)) \

@@ -37,16 +37,20 @@ int64_t om_card_is_idle(const om_device_pass *pass) {
     return code == 0 ? 1 : code == NOT_READY ? 0 : OM_CARD_ERROR(code);
 }
 
-static int apply(const om_device_pass *pass, int64_t num_edits) {
-    const int code = pass->driver->cuCtxSetCurrent(pass->session->context);
-    if (code != 0 || num_edits == 0) return code;
+/* Queue the edits that are given. Taken here, so that an interrupt in Python leaves them given or taken, and never lost. */
+static int apply(const om_device_pass *pass) {
+    int code = pass->driver->cuCtxSetCurrent(pass->session->context);
+    const int64_t num_edits = *pass->options->num_edits;
+    if (code != 0 || num_edits <= 0) return code;
     om_host_access(pass->driver, pass->options->edits, num_edits * (int64_t)sizeof(om_card_edit), OM_HOST_WRITES);
     om_card_apply_params params = *(const om_card_apply_params *)pass->options->apply->params;
     params.num_edits = (int)num_edits;
     om_card_node node = *pass->options->apply;
     node.params = &params;
     node.grid[0] = (int32_t)OM_CARD_UP(num_edits, OM_APPLY_THREADS);
-    return om_card_launch_node(pass->session, &node);
+    code = om_card_launch_node(pass->session, &node);
+    if (code == 0) *pass->options->num_edits = 0;
+    return code;
 }
 
 int om_card_queue_end(om_device_pass *pass) {
@@ -74,11 +78,10 @@ static int64_t began(om_device_pass *pass, int state, int code) {
 
 /* Begin a pass: the edits, which include its rows, tokens and positions where they are not what the device has; gives:
  * OM_GIVES_HIDDEN and on. Returns 0 or OM_CARD_ERROR. */
-OM_EXPORT int64_t om_card_begin(om_device_pass *pass, const om_card_steps *steps, int64_t num_rows, int64_t num_edits, int32_t is_stepwise,
-                                int32_t gives) {
+OM_EXPORT int64_t om_card_begin(om_device_pass *pass, const om_card_steps *steps, int64_t num_rows, int32_t is_stepwise, int32_t gives) {
     pass->steps = steps, pass->end = steps->ends[gives], pass->num_rows = num_rows, pass->at = 0, pass->num_on_cpu = 0, pass->cpu_s = 0.0;
     pass->began_s = om_card_seconds();
-    int code = apply(pass, num_edits);
+    int code = apply(pass);
     if (code == 0) code = om_card_run_graph(pass, steps->begin);
     if (code != 0) return began(pass, OM_CARD_IDLE, code);
     if (!is_stepwise) return began(pass, OM_CARD_RUNNING, queue_layers(pass, 0, 0));
@@ -86,11 +89,11 @@ OM_EXPORT int64_t om_card_begin(om_device_pass *pass, const om_card_steps *steps
 }
 
 /* Continue a stopped pass behind the router of its layer, once the edits make the layer possible; they clear `stop`. */
-OM_EXPORT int64_t om_card_continue(om_device_pass *pass, int64_t num_edits, int32_t is_stepwise) {
+OM_EXPORT int64_t om_card_continue(om_device_pass *pass, int32_t is_stepwise) {
     const om_card_layer *layer = pass->steps->layers + pass->at;
     pass->notice->stop = 0, pass->notice->stamp = 0;
     om_host_access(pass->driver, pass->notice, sizeof *pass->notice, OM_HOST_WRITES);
-    int code = apply(pass, num_edits);
+    int code = apply(pass);
     if (code == 0) code = om_card_launch_node(pass->session, layer->resolve);
     if (code != 0) return began(pass, OM_CARD_IDLE, code);
     if (is_stepwise) return began(pass, OM_CARD_ROUTING, 0);
@@ -98,8 +101,8 @@ OM_EXPORT int64_t om_card_continue(om_device_pass *pass, int64_t num_edits, int3
 }
 
 /* Apply edits while no pass is under way, run a graph behind them unless it is NULL, and wait. */
-OM_EXPORT int64_t om_card_run_between(om_device_pass *pass, int64_t num_edits, void *graph) {
-    int code = apply(pass, num_edits);
+OM_EXPORT int64_t om_card_run_between(om_device_pass *pass, void *graph) {
+    int code = apply(pass);
     if (code == 0 && graph != NULL) code = om_card_run_graph(pass, graph);
     if (code == 0) code = pass->driver->cuStreamSynchronize(pass->session->stream);
     return code == 0 ? 0 : OM_CARD_ERROR(code);
