@@ -15,7 +15,10 @@ from offload_moe.families.layer_classes import FastPath
 
 Verified = Literal["whole model", "contract only", "refused"]
 
-REFUSED = {"diffusion_gemma": "writes by diffusion, not one token after another"}
+REFUSED = {
+    "diffusion_gemma": "writes by diffusion, not one token after another",
+    "inkling2_loop": "takes a token through some layers several times",
+}
 DECORATED = re.compile(r"^@use_experts_implementation(?:\((.*)\))?\n(?:@.*\n)*class (\w+)", re.MULTILINE)
 LAYER_CLASS = re.compile(r"^class (\w*DecoderLayer)\(", re.MULTILINE)
 # Properties derived from a family's code. The last group is from the arguments of transformers' decorator.

@@ -92,11 +92,18 @@ def build_skeleton(config: "PreTrainedConfig") -> TextModel:
     The model is unquantized, even if its checkpoint is quantized, because weights are read as numbers.
 
     Raises:
-        UnsupportedModelError: transformers has no text-generating model for it, or cannot build it.
+        UnsupportedModelError: transformers has no text-generating model for it, or cannot build it; or a layer runs
+            several times for one token.
     """
     from accelerate import init_empty_weights
 
     model_class = auto_class(config)
+    num_passes = getattr(config.get_text_config(), "loop_num_passes", 1)
+    if num_passes > 1:
+        raise UnsupportedModelError(
+            f"{config.model_type} models take a token through some layers several times, this one {num_passes} times. "
+            "Only models that run each layer once are supported."
+        )
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -71,6 +71,16 @@ def test_diffusion_models_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         load(tmp_path / "checkpoint", codec="bf16")
 
 
+def test_a_model_that_runs_layers_several_times_is_refused() -> None:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if "inkling2_loop" not in CONFIG_MAPPING:
+        pytest.skip("transformers 5.24 is the first to have it")
+    for model_type in ("inkling2_loop", "inkling2_loop_text"):
+        with pytest.raises(UnsupportedModelError, match=r"through some layers several times, this one 3 times"):
+            build_skeleton(AutoConfig.for_model(model_type))
+
+
 def test_a_model_that_writes_no_text_is_refused() -> None:
     from transformers import AutoConfig
 

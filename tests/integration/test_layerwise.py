@@ -128,9 +128,10 @@ def test_no_forward_continues_behind_a_layer_that_leaves_keys_for_later_ones(tmp
 
 
 def test_a_forward_continues_behind_layers_that_only_read_what_all_are_given(tmp_path: Path) -> None:
-    kinds = ["sliding_attention", "full_attention"]
-    write_checkpoint(tmp_path, "gemma4_text", num_hidden_layers=2, layer_types=kinds, num_kv_shared_layers=0)
+    """From transformers 5.24 on, the last layer of each kind leaves its keys, though no layer takes them."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    write_checkpoint(tmp_path, "gemma4_text", num_hidden_layers=3, layer_types=kinds, num_kv_shared_layers=0)
     with Checkpoint(tmp_path) as checkpoint:
         log = Log()
         record_inputs(checkpoint, IDS, (), log)
-    assert all(output is not None for output in log.outputs)
+    assert log.outputs[0] is not None

@@ -190,7 +190,7 @@ def test_a_card_that_is_not_used_is_said_at_load(checkpoints: dict[str, Path], m
     monkeypatch.setattr(
         "offload_moe.memory.unused_card.find_nvidia", lambda: Nvidia(driver="580.1", name="NVIDIA GeForce RTX 3060")
     )
-    with pytest.warns(UserWarning, match=r"RTX 3060 is not used\. .*Install"):
+    with pytest.warns(UserWarning, match=r"RTX 3060 is not used\. .*(Install|Update the driver)"):
         model = load(checkpoints["mixtral"])
     notice = model.notices[0]
     assert "RTX 3060 is not used" in notice

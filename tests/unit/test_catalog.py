@@ -21,7 +21,7 @@ def test_whole_model_is_said_of_the_families_whose_whole_model_is_tested(table: 
     """A family that appears in a newer transformers fails here until it has a tiny config in tests/support."""
     tested = {model_type_to_module_name(model_type) for model_type in FAMILIES} - set(REFUSED)
     assert {name for name, family in table.items() if family.verified == "whole model"} == tested
-    assert {name for name, family in table.items() if family.verified == "refused"} == set(REFUSED)
+    assert {name for name, family in table.items() if family.verified == "refused"} == set(REFUSED) & set(table)
     assert {name for name, family in table.items() if family.verified == "contract only"} == {"openai_privacy_filter"}
 
 
