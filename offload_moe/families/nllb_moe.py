@@ -1,8 +1,8 @@
 """NLLB-MoE: encoder-decoder, GShard's top-2 gating.
 
-transformers 5.23 sends every token to experts 0 and 1: `NllbMoeExperts` takes its one-hot mask for a list of expert
-ids. Published weights do not translate that way, so this adapter follows the router, as transformers 4 did; a test
-fails once upstream does so again.
+transformers (5.23, 5.24) sends every token to experts 0 and 1: `NllbMoeExperts` takes its one-hot mask for a list of
+expert ids. Published weights do not translate that way, so this adapter follows the router, as transformers 4 did; a
+test fails once upstream does so again.
 
 Source: transformers/models/nllb_moe/modeling_nllb_moe.py, `NllbMoeTop2Router`; Lepikhin et al. 2020, "GShard".
 """
@@ -47,6 +47,6 @@ ADAPTER = Adapter(
     class_name="NllbMoeExperts",
     describe=describe,
     forward=forward,
-    special="top-2 with capacity; routes as trained, where transformers 5.23 only ever uses experts 0 and 1",
+    special="top-2 with capacity; routes as trained, where transformers only ever uses experts 0 and 1",
     top_k=TOP_K,
 )

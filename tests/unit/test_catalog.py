@@ -1,8 +1,11 @@
 """The table of families, held to what the tests really run."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
+import transformers
 from support.checkpoints import FAMILIES
 from support.families import decorated_classes
 from transformers.models.auto.configuration_auto import model_type_to_module_name
@@ -29,6 +32,19 @@ def test_every_decorated_class_and_every_adapter_is_there(table: dict[str, Famil
     expected = {name for _, name in decorated_classes()} | {adapter.class_name for adapter in ADAPTERS}
     assert {kind for family in table.values() for kind in family.classes} == expected
     assert {name for name, family in table.items() if family.has_adapter} == {adapter.family for adapter in ADAPTERS}
+
+
+def test_the_page_counts_the_families_of_the_transformers_that_it_names(table: dict[str, Family]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    named = re.search(r"in transformers (\d+\.\d+) \|", page)
+    assert named is not None
+    if not transformers.__version__.startswith(f"{named[1]}."):
+        pytest.skip(f"the page is about transformers {named[1]}, this is {transformers.__version__}")
+    verified = [family.verified for family in table.values()]
+    assert f"| {verified.count('whole model')} of {len(verified)} families |" in page
+    classes = decorated_classes()
+    num_families = len({module for module, _ in classes})
+    assert f"{num_families} families ({len(classes)} classes) of transformers {named[1]}" in page
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def folder_of_the_reader(small_demo: Path, tmp_path: Path, monkeypatch: pytest.M
     for store in STORES:
         shutil.copytree(small_demo, store)
     shutil.copy(small_demo.with_name("model.gguf"), "Qwen3-30B-A3B-Q4_K_M.gguf")
-    for name in ("Mixtral-8x7B-v0.1", "DeepSeek-V3"):
+    for name in ("Mixtral-8x7B-v0.1", "Qwen3-235B-A22B"):
         shutil.copy(CONFIGS / f"{name}.json", tmp_path)
     Path("deepseek-ai/DeepSeek-V3").mkdir(parents=True)
     shutil.copy(CONFIGS / "DeepSeek-V3.json", "deepseek-ai/DeepSeek-V3/config.json")
