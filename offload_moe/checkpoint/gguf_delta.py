@@ -33,8 +33,7 @@ class Heads:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
         """Those of a config. Raises: CheckpointError for one without usable numbers."""
-        text = config.get("text_config", config)
-        numbers = [text.get(name) for name in _FIELDS]
+        numbers: list[Any] = [config.get(name) for name in _FIELDS]
         if any(type(number) is not int or number <= 0 for number in numbers) or numbers[1] % numbers[0]:
             raise CheckpointError(f"config.json has no usable {', '.join(_FIELDS)}: {numbers}.")
         return cls(*numbers)
@@ -126,11 +125,14 @@ def _mixed_kernels(heads: Heads, kernels: Tensor) -> Tensor:
 
 
 def _logarithm(heads: Heads, decay: Tensor) -> Tensor:
+    """Raises: ValueError for a decay that has none."""
+    if not decay.is_meta and not bool(((decay < 0) & decay.isfinite()).all()):
+        raise ValueError(f"decays from {decay.min().item():g} to {decay.max().item():g}, where all are negative")
     return (-decay).log()
 
 
 def _grouped_logarithm(heads: Heads, decay: Tensor) -> Tensor:
-    return _numbers(heads, (-decay).log())
+    return _numbers(heads, _logarithm(heads, decay))
 
 
 _Made = Mapping[str, tuple[str, Callable[..., Tensor], bool]]

@@ -1,7 +1,8 @@
 """The tensors of GGUF files, read by plain positioned reads and dequantized by the `gguf` package."""
 
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -12,12 +13,15 @@ import torch
 from torch import Tensor
 
 from offload_moe.checkpoint.file_bytes import read_bytes
+from offload_moe.checkpoint.gguf_header import AGAIN, GgufHeader, TensorPlace, fetch_header
 from offload_moe.errors import CheckpointError
+from offload_moe.system.open_files import open_descriptor
 
 KEPT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Read in big-endian files. For other types the gguf package writes unswapped bytes, its gguf_convert_endian swaps
 # them, and a file does not record which of the two wrote it. MXFP4 consists of single bytes.
 BIG_ENDIAN = ("F32", "F16", "MXFP4")
+DEFAULT_ALIGNMENT = 32
 ADVICE = "Use another quantization of the model, or a safetensors version."
 
 
@@ -79,59 +83,117 @@ class GgufTensor:
         return data
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GgufFile:
-    """One file: its tensors, and its metadata; num_parts is 0 if it has none."""
+@dataclass(frozen=True, slots=True)
+class GgufModel:
+    """The parts of one model: metadata of the first, tensors of all by name."""
 
-    architecture: str
-    num_parts: int
-    tensors: tuple[GgufTensor, ...]
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, GgufTensor]
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name; empty for a file of another kind."""
+        return str(self.metadata.get("general.architecture", ""))
+
+    @property
+    def is_swapped(self) -> bool:
+        """Whether the byte order of a file differs from this machine's."""
+        return any(tensor.is_swapped for tensor in self.tensors.values())
 
 
-def read_gguf(paths: Iterable[Path]) -> tuple[str, dict[str, GgufTensor]]:
-    """The architecture and every tensor of the parts of one model.
+def read_gguf(paths: Sequence[Path]) -> GgufModel:
+    """The metadata and every tensor of the parts of one model.
 
     Raises:
         CheckpointError: a file is damaged, truncated, of a type that cannot be dequantized, or one part of several.
     """
-    paths = tuple(paths)
-    architecture = ""
+    metadata: Mapping[str, Any] = {}
     tensors: dict[str, GgufTensor] = {}
     for path in paths:
-        file = _read(path)
-        architecture = file.architecture or architecture
-        if file.num_parts > len(paths):
+        header, size = _header_of(path)
+        metadata = metadata or header.metadata
+        num_parts = header.metadata.get("split.count", 0)
+        if type(num_parts) is not int or num_parts > len(paths):
             raise CheckpointError(
-                f"{path} is one part of a GGUF file in {file.num_parts}, of which {len(paths)} are there. Put the "
+                f"{path} is one part of a GGUF file in {num_parts}, of which {len(paths)} are there. Put the "
                 "others beside it, all under the names that they were published with."
             )
-        size = path.stat().st_size
-        for tensor in file.tensors:
-            if tensor.offset + tensor.num_bytes > size or tensor.name in tensors or 0 in tensor.shape:
-                raise CheckpointError(f"{path}: tensor {tensor.name} is empty, cut short or there twice.")
-            _check_is_readable(tensor)
+        for tensor in _tensors_of(path, header, size):
+            if tensor.name in tensors:
+                raise CheckpointError(f"{path}: tensor {tensor.name} is there twice. {AGAIN}")
             tensors[tensor.name] = tensor
-    return architecture, tensors
+    return GgufModel(metadata, tensors)
 
 
-def _read(path: Path) -> GgufFile:
+def _header_of(path: Path) -> tuple[GgufHeader, int]:
+    """The header of a file, and the file's length."""
+
+    def first(count: int) -> bytes:
+        file.seek(0)
+        return file.read(min(count, size))
+
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is no file. Name a GGUF file.")
+        with os.fdopen(open_descriptor(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return fetch_header(first, size, str(path))[0], size
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _tensors_of(path: Path, header: GgufHeader, size: int) -> Iterator[GgufTensor]:
+    """The tensors of a file of this length. Raises: CheckpointError for one that is not all its own bytes in there."""
+    beginning = header.num_bytes + -header.num_bytes % _alignment(path, header)
+    end, before = beginning, "its header"
+    for place in sorted(header.tensors, key=lambda place: place.start):
+        tensor = _tensor(path, place, beginning + place.start, header.is_swapped)
+        if tensor.offset < end:
+            raise CheckpointError(f"{path}: tensor {tensor.name} begins within {before}. {AGAIN}")
+        end, before = tensor.offset + tensor.num_bytes, f"tensor {tensor.name}"
+        if end > size:
+            raise CheckpointError(
+                f"{path}: tensor {tensor.name} is cut short: it ends at byte {end}, and the file at {size}. {AGAIN}"
+            )
+        yield tensor
+
+
+def _alignment(path: Path, header: GgufHeader) -> int:
+    """Tensors begin at its multiples."""
+    found = header.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    if type(found) is not int or found <= 0 or found & (found - 1):
+        raise CheckpointError(f"{path}: general.alignment is {found!r}, not a power of two. {AGAIN}")
+    return found
+
+
+def _tensor(path: Path, place: TensorPlace, offset: int, is_swapped: bool) -> GgufTensor:
     import gguf
 
     try:
-        reader = gguf.GGUFReader(path)
-        architecture, num_parts = (reader.fields.get(key) for key in ("general.architecture", "split.count"))
-        return GgufFile(
-            architecture=str(architecture.contents()) if architecture else "",
-            num_parts=int(num_parts.contents()) if num_parts else 0,
-            tensors=tuple(_tensor(path, tensor, reader.byte_order == "S") for tensor in reader.tensors),
+        kind = gguf.GGMLQuantizationType(place.kind)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: tensor {place.name} is of type {place.kind}, which the gguf package does not have; forks of "
+            f"llama.cpp write such types. {ADVICE}"
+        ) from error
+    per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    if 0 in place.shape or place.shape[-1] % per_block:
+        raise CheckpointError(
+            f"{path}: tensor {place.name} in {kind.name} is {list(place.shape)}, which is empty or has rows that are "
+            f"no multiple of {per_block}. {AGAIN}"
         )
-    except Exception as error:  # the package does not check its file, so a damaged one may raise anything
-        if "is not a valid GGMLQuantizationType" in str(error):
-            raise CheckpointError(
-                f"{path} is a GGUF file with a type of tensors that the gguf package does not have ({error}); "
-                f"forks of llama.cpp write such types. {ADVICE}"
-            ) from error
-        raise CheckpointError(f"{path} is not a GGUF file, or a damaged one: {error!r}. Download it again.") from error
+    num_bytes = math.prod(place.shape) // per_block * block_bytes
+    tensor = GgufTensor(
+        path=path,
+        name=place.name,
+        kind=kind.name,
+        shape=place.shape,
+        offset=offset,
+        num_bytes=num_bytes,
+        is_swapped=is_swapped,
+    )
+    _check_is_readable(tensor)
+    return tensor
 
 
 def _check_is_readable(tensor: GgufTensor) -> None:
@@ -145,18 +207,6 @@ def _check_is_readable(tensor: GgufTensor) -> None:
             f"write in either order; {', '.join(BIG_ENDIAN)} can be read. Use a little-endian file, or a safetensors "
             "version of the model."
         )
-
-
-def _tensor(path: Path, tensor: Any, is_swapped: bool) -> GgufTensor:
-    return GgufTensor(
-        path=path,
-        name=str(tensor.name),
-        kind=tensor.tensor_type.name,
-        shape=tuple(int(size) for size in reversed(tensor.shape)),
-        offset=int(tensor.data_offset),
-        num_bytes=int(tensor.n_bytes),
-        is_swapped=is_swapped,
-    )
 
 
 @cache

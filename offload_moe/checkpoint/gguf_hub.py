@@ -5,9 +5,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path, PurePosixPath
 
-from offload_moe.checkpoint.gguf_header import BEGINNING, MOST, header_end
+from offload_moe.checkpoint.gguf_header import fetch_header
 from offload_moe.checkpoint.gguf_split import PART
 from offload_moe.checkpoint.hub import Repository, fetch_beginning, hub_errors, open_repository
 from offload_moe.errors import CheckpointError
@@ -63,14 +64,8 @@ class HubGguf:
         return tuple(paths)
 
     def _header(self, file: str) -> bytes:
-        num_bytes, whole = BEGINNING, self.repository.files[file].num_bytes
-        while True:
-            beginning = fetch_beginning(self.repository, file, num_bytes)
-            if (end := header_end(beginning, f"{file} of {self.repository.repo_id}")) is not None:
-                return beginning[:end]
-            if num_bytes >= min(whole, MOST):
-                raise CheckpointError(f"{file} of {self.repository.repo_id} is damaged: its header does not end.")
-            num_bytes = min(4 * num_bytes, MOST)
+        fetch, file_bytes = partial(fetch_beginning, self.repository, file), self.repository.files[file].num_bytes
+        return fetch_header(fetch, file_bytes, f"{file} of {self.repository.repo_id}")[1]
 
 
 def find_gguf(name: str, *, revision: str | None, token: str | None) -> HubGguf:

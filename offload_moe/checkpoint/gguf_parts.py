@@ -14,6 +14,7 @@ from torch import Tensor
 from offload_moe.checkpoint import gguf_delta
 from offload_moe.checkpoint.gguf_experts import GgufExperts
 from offload_moe.checkpoint.gguf_file import GgufTensor
+from offload_moe.checkpoint.gguf_header import AGAIN
 from offload_moe.checkpoint.gguf_names import PERMUTED, fused_experts, split_latent, transformers_name, with_mtp_apart
 from offload_moe.checkpoint.mxfp4 import BLOCKS, SCALES
 from offload_moe.errors import CheckpointError
@@ -39,11 +40,15 @@ class GgufPart:
     moves_rows: bool = False
 
     def rows(self, start: int, stop: int) -> Tensor:
+        """Rows of the joined tensor. Raises: CheckpointError for values that it cannot have, TransferError."""
         if self.is_raw:
             return self.join(*(tensor.raw(start, stop) for tensor in self.tensors))
-        if self.is_whole:
+        if not self.is_whole:
+            return self.join(*(tensor.rows(start, stop).to(self.dtype) for tensor in self.tensors))
+        try:
             return self.join(*(tensor.rows(0, tensor.shape[0]).to(self.dtype) for tensor in self.tensors))[start:stop]
-        return self.join(*(tensor.rows(start, stop).to(self.dtype) for tensor in self.tensors))
+        except ValueError as error:  # of `join`, about the values
+            raise CheckpointError(f"{self._names}: {error}. {AGAIN}") from error
 
     @property
     def keeps_rows(self) -> bool:
@@ -63,16 +68,21 @@ class GgufPart:
         try:
             return tuple(self.join(*(torch.empty(shape, device="meta") for shape in shapes)).shape)
         except (IndexError, RuntimeError) as error:
-            names = " and ".join(tensor.name for tensor in self.tensors)
-            raise CheckpointError(f"{self.tensors[0].path}: {names} do not fit together: {shapes}.") from error
+            raise CheckpointError(f"{self._names}: they do not fit together: {shapes}. {AGAIN}") from error
+
+    @property
+    def _names(self) -> str:
+        return f"{self.tensors[0].path}: {' and '.join(tensor.name for tensor in self.tensors)}"
 
 
 def parts(found: Mapping[str, Stored], architecture: str, config: Mapping[str, Any]) -> Iterator[tuple[str, GgufPart]]:
-    """Every tensor of the model under its name in transformers. found: of `stacked`.
+    """Every tensor of the model under its name in transformers. found: of `stacked`. config: of the language model.
 
     Raises: CheckpointError when a half is missing, or heads do not fit.
     """
-    num_layers = config.get("text_config", config).get("num_hidden_layers", 0)
+    num_layers = config.get("num_hidden_layers", 0)
+    if type(num_layers) is not int:
+        raise CheckpointError(f"config.json has no usable num_hidden_layers: {num_layers!r}. Download it again.")
     for name, part in _parts(found, architecture, config):
         yield with_mtp_apart(name, architecture, num_layers), part
 

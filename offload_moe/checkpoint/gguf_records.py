@@ -74,6 +74,7 @@ class GgufRecords:
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Find every expert. Raises: CheckpointError naming a tensor of them whose type or width has no kernel."""
         assert checkpoint.gguf is not None
+        assert not checkpoint.gguf.is_swapped  # refused with the metadata
         self.checkpoint = checkpoint
         self._stored, self._parts = checkpoint.gguf.stored, checkpoint.gguf.parts
         self.layers = tuple(self._layer(layer) for layer in checkpoint.layers)

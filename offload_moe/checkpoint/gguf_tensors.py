@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from offload_moe.checkpoint.gguf_config import CONFIGS
 from offload_moe.checkpoint.gguf_experts import GgufExperts, stacked
+from offload_moe.checkpoint.gguf_families import FAMILIES
 from offload_moe.checkpoint.gguf_file import GgufTensor, read_gguf
 from offload_moe.checkpoint.gguf_parts import GgufPart, parts
 from offload_moe.checkpoint.gguf_split import PART, parts_beside
@@ -28,14 +28,16 @@ class GgufTensors:
     def __init__(self, paths: tuple[Path, ...], config: Mapping[str, Any]) -> None:
         """Open the files of one model. Raises: CheckpointError for an unknown architecture."""
         self.paths = paths
-        architecture, tensors = read_gguf(self.paths)
-        if architecture not in CONFIGS:
+        model = read_gguf(self.paths)
+        architecture = model.architecture
+        if architecture not in FAMILIES:
             raise CheckpointError(
-                f"{self.paths[0]} is a GGUF file of architecture {architecture!r}; {', '.join(CONFIGS)} can be "
+                f"{self.paths[0]} is a GGUF file of architecture {architecture!r}; {', '.join(FAMILIES)} can be "
                 "read. Use a safetensors version of the model."
             )
-        self.stored: Mapping[str, GgufTensor | GgufExperts] = stacked(tensors)
-        self.parts: Mapping[str, GgufPart] = dict(parts(self.stored, architecture, config))
+        self.is_swapped = model.is_swapped
+        self.stored: Mapping[str, GgufTensor | GgufExperts] = stacked(model.tensors)
+        self.parts: Mapping[str, GgufPart] = dict(parts(self.stored, architecture, text_config(config)))
         self.entries: Mapping[str, TensorEntry] = {name: _entry(name, part) for name, part in self.parts.items()}
 
     @property
@@ -65,6 +67,12 @@ class GgufTensors:
 
     def close(self) -> None:
         """Nothing stays open between reads."""
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a `config.json` that is about the language model; all of it where that part is missing or null."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
 
 
 def parts_in(folder: Path) -> tuple[Path, ...]:

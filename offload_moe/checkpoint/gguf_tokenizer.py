@@ -1,7 +1,8 @@
 """The tokenizer and the chat template of a GGUF file, through transformers' own integration."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from offload_moe.checkpoint.gguf_splits import SAME, SPLITS
 from offload_moe.errors import CheckpointError
@@ -12,18 +13,20 @@ if TYPE_CHECKING:
 # Splits of text that are GPT-2's own, which transformers takes where a file names none of its own.
 # Source: llama.cpp, src/llama-vocab.cpp.
 OF_GPT2 = ("gpt-2", "gpt2", "olmo", "mpt", "phi-2", "jina-es", "jina-de", "roberta-bpe")
+ADVICE = (
+    "Put config.json and tokenizer.json of the original model beside it, in a folder of its own, and quantize that "
+    "folder."
+)
 
 
-def write_tokenizer(path: Path, folder: Path) -> None:
+def write_tokenizer(path: Path, metadata: Mapping[str, Any], folder: Path) -> None:
     """Write the tokenizer of a GGUF file into a folder, as transformers saves one; nothing if the file has none.
 
-    Raises: CheckpointError for one that would split texts otherwise than the model learned.
+    metadata: of the file. Raises: CheckpointError for one that would split texts otherwise than the model learned.
     """
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
-    from transformers.integrations.gguf.reader import read_gguf_metadata
 
-    metadata, _ = read_gguf_metadata(str(path))
     if metadata.get("tokenizer.ggml.model") in (None, "none", "no_vocab"):
         return
     rule = str(metadata.get("tokenizer.ggml.pre", ""))
@@ -36,7 +39,7 @@ def write_tokenizer(path: Path, folder: Path) -> None:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **settings, **more)
         tokenizer.save_pretrained(folder)
     except Exception as error:  # the integration may raise anything for foreign metadata
-        raise CheckpointError(f"{path}: its tokenizer cannot be read: {error}.") from error
+        raise CheckpointError(f"{path}: its tokenizer cannot be read: {error}. {ADVICE}") from error
 
 
 def _splitting(expressions: tuple[str, ...]) -> "PreTokenizer":
@@ -53,6 +56,5 @@ def _check_split(path: Path, model: object, split: object) -> None:
     if model == "gpt2" and split not in (*GGUF_PRE_TOKENIZER_SPLITS, *OF_GPT2, *SAME, *SPLITS):
         raise CheckpointError(
             f"{path}: its tokenizer splits texts in a way named {split!r} (tokenizer.ggml.pre), which is not known "
-            "here: texts would become other tokens than the model learned. Put config.json and tokenizer.json of the "
-            "original model beside it in a folder of its own, and quantize that folder."
+            f"here: texts would become other tokens than the model learned. {ADVICE}"
         )

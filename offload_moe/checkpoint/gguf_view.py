@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from offload_moe.checkpoint.gguf_config import config_of
 from offload_moe.checkpoint.gguf_file import read_gguf
@@ -11,21 +10,15 @@ from offload_moe.errors import CheckpointError
 from offload_moe.system.paths import CONFIG_NAME
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata of a GGUF file, without its vocabulary. Raises: CheckpointError."""
-    from transformers.integrations.gguf.reader import read_gguf_metadata
-
-    try:
-        return dict(read_gguf_metadata(str(path))[0])
-    except Exception as error:  # the reader does not check its file, so a damaged one may raise anything
-        raise CheckpointError(f"{path} is not a GGUF file, or a damaged one: {error!r}. Download it again.") from error
-
-
 def write_small_files(paths: tuple[Path, ...], folder: Path) -> None:
     """Write config and tokenizer of a model in GGUF into a folder. Raises: CheckpointError."""
     first = paths[0]
-    metadata = read_metadata(first)
-    _, tensors = read_gguf(paths)
-    config = config_of(first, metadata, {name: tensor.shape for name, tensor in tensors.items()})
+    model = read_gguf(paths)
+    if model.is_swapped:
+        raise CheckpointError(
+            f"{first} is a big-endian GGUF file, which is not used as it lies. Use a little-endian file; or put "
+            "config.json and tokenizer.json of the original model beside it, in a folder, and quantize that folder."
+        )
+    config = config_of(first, model.metadata, {name: tensor.shape for name, tensor in model.tensors.items()})
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write_tokenizer(first, folder)
+    write_tokenizer(first, model.metadata, folder)

@@ -51,7 +51,7 @@ def read_imatrix(path: Path) -> dict[str, SquareSums]:
             f"{path} is no importance matrix in GGUF form. An older one (.dat) is converted by llama.cpp's "
             f"`llama-imatrix --in-file {path.name} -o imatrix.gguf`."
         )
-    _, tensors = read_gguf([path])
+    tensors = read_gguf([path]).tensors
     names = [name.removesuffix(SUMS) for name in tensors if name.endswith(SUMS)]
     if not names:
         raise CheckpointError(

@@ -143,3 +143,10 @@ def test_heads_that_do_not_fit(tmp_path: Path) -> None:
     source, _ = write_gguf(tmp_path, "mixtral")
     edit_json(source / "config.json", num_attention_heads=5)
     refused(source, tmp_path, "has 64 rows, config.json says 5 heads")
+
+
+def test_a_config_whose_part_about_the_language_model_is_null(tmp_path: Path) -> None:
+    source, _ = write_gguf(tmp_path, "qwen3_moe")
+    edit_json(source / "config.json", text_config=None)
+    with Checkpoint(source) as checkpoint:
+        assert checkpoint.dense_tensor("model.norm.weight").shape == (64,)

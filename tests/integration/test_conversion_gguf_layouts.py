@@ -228,6 +228,12 @@ def test_a_big_endian_file(original: Path, tmp_path: Path, kind: gguf.GGMLQuanti
     assert Store.open(tmp_path / "a").read_dense("model.embed_tokens.weight").abs().sum() > 0
 
 
+def test_a_big_endian_file_alone(original: Path, tmp_path: Path) -> None:
+    """Its bytes would be taken as they lie."""
+    big = rewrite(original, tmp_path / "big", endian=gguf.GGUFEndian.BIG)
+    refused(big / "model.gguf", tmp_path, "is a big-endian GGUF file, which is not used as it lies")
+
+
 @pytest.mark.parametrize("kind", [Kind.BF16, Kind.Q8_0, Kind.Q4_0])
 def test_big_endian_types_that_are_refused(original: Path, tmp_path: Path, kind: gguf.GGMLQuantizationType) -> None:
     """Programs disagree about their bytes, and a file does not say which wrote it."""

@@ -7,8 +7,8 @@ from pathlib import Path
 import gguf
 import pytest
 
-from offload_moe.checkpoint import gguf_hub
-from offload_moe.checkpoint.gguf_header import header_end
+from offload_moe.checkpoint import gguf_header
+from offload_moe.checkpoint.gguf_header import parse_header
 from offload_moe.convert.quantize import quantize
 from offload_moe.errors import CheckpointError, ConfigError
 from offload_moe.plan.machine import Machine
@@ -24,7 +24,7 @@ MACHINE = Machine(ram_bytes=4 << 30)
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(gguf_hub, "BEGINNING", 1000)
+    monkeypatch.setattr(gguf_header, "BEGINNING", 1000)
     return tmp_path / "cache"
 
 
@@ -101,6 +101,10 @@ def test_options_that_cannot_be_had_are_refused_before_the_download(
         assert sent(hub) == 0
 
 
+def header_end(data: bytes, what: str) -> int | None:
+    return None if (header := parse_header(data, what)) is None else header.num_bytes
+
+
 def test_where_a_header_ends(tmp_path: Path) -> None:
     path = repository(tmp_path)
     data = path.read_bytes()
@@ -123,12 +127,12 @@ def test_where_a_header_ends(tmp_path: Path) -> None:
 
 def test_no_more_than_the_limit_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = repository(tmp_path / "repository")
-    monkeypatch.setattr(gguf_hub, "MOST", 1500)
-    monkeypatch.setattr(gguf_hub, "header_end", lambda beginning, what: asked.append(len(beginning)))
+    monkeypatch.setattr(gguf_header, "MOST", 1500)
+    monkeypatch.setattr(gguf_header, "parse_header", lambda beginning, what: asked.append(len(beginning)))
     asked: list[int] = []
     with hub_in_use(path.parent, tmp_path / "hub", monkeypatch), pytest.raises(CheckpointError, match="does not end"):
         make_plan(NAME, MACHINE)
-    assert asked == [gguf_hub.BEGINNING, gguf_hub.MOST]
+    assert asked == [gguf_header.BEGINNING, gguf_header.MOST]
 
 
 def test_a_header_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +140,6 @@ def test_a_header_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path.write_bytes(path.read_bytes()[:4000])
     with (
         hub_in_use(path.parent, tmp_path / "hub", monkeypatch),
-        pytest.raises(CheckpointError, match=r"tiny-Q4_K_M\.gguf of org/tiny is damaged: its header does not end"),
+        pytest.raises(CheckpointError, match=r"tiny-Q4_K_M\.gguf of org/tiny is damaged or cut short: its header does"),
     ):
         make_plan(NAME, MACHINE)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from offload_moe import load
+from offload_moe.checkpoint.gguf_file import read_gguf
 from offload_moe.convert.quantize import quantize
 from offload_moe.convert.sources import ensure_view
 from offload_moe.engine.model import Model
@@ -133,6 +134,17 @@ def test_gated_delta_rules_keep_their_types(tmp_path: Path) -> None:
     written = write_model(tmp_path / "mixed", "qwen3_next", "Q8_0", {"attn_gate": "Q4_K"})
     with load(written.path, exact=True) as model:
         assert isinstance(model.hf.model.layers[0].linear_attn.in_proj_qkvz, torch.nn.Linear)  # of two types
+
+
+@pytest.mark.parametrize("decay", [0.5, float("nan")])
+def test_decays_without_a_logarithm(decay: float, tmp_path: Path) -> None:
+    path = write_model(tmp_path, "qwen3_5_moe_text").path
+    place = read_gguf([path]).tensors["blk.0.ssm_a"]
+    with path.open("r+b") as file:
+        file.seek(place.offset)
+        file.write(np.float32(decay).tobytes())
+    with pytest.raises(CheckpointError, match=r"model\.gguf: blk\.0\.ssm_a: decays from .* where all are negative"):
+        load(path)
 
 
 def test_experts_in_numbers_beside_quantized_ones(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from offload_moe import load
+from offload_moe.checkpoint.gguf_file import read_gguf
 from offload_moe.checkpoint.gguf_splits import SAME, SPLITS
 from offload_moe.checkpoint.gguf_tokenizer import write_tokenizer
 from tests.support.gguf_models import SETTINGS, VOCABULARY, write_model
@@ -94,7 +95,7 @@ def test_texts_are_split_as_llama_cpp_does(rule: str, tmp_path: Path) -> None:
     options = {"num_hidden_layers": 1, "vocab_size": MERGED_VOCABULARY, "eos_token_id": MERGED_VOCABULARY - 1}
     path = write_model(tmp_path / "model", "qwen3_moe", metadata=metadata, **options).path
     (tmp_path / "tokenizer").mkdir()
-    write_tokenizer(path, tmp_path / "tokenizer")
+    write_tokenizer(path, read_gguf([path]).metadata, tmp_path / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     command = [sys.executable, "-c", TOKENIZE, str(path), TEXT]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -6,6 +6,7 @@ import gguf
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from offload_moe.checkpoint.gguf_file import read_gguf
 from offload_moe.checkpoint.gguf_splits import SAME, SPLITS
 from offload_moe.checkpoint.gguf_tokenizer import write_tokenizer
 from tests.support.gguf_vocabulary import TEXT, metadata_of
@@ -37,7 +38,8 @@ def tokenizer_of(rule: str, folder: Path) -> PreTrainedTokenizerFast:
     writer.write_kv_data_to_file()
     writer.close()
     (folder / "tokenizer").mkdir()
-    write_tokenizer(folder / "model.gguf", folder / "tokenizer")
+    path = folder / "model.gguf"
+    write_tokenizer(path, read_gguf([path]).metadata, folder / "tokenizer")
     return PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
 
 
