@@ -14,7 +14,7 @@ from tests.unit.test_vectors import in_panels
 
 pytestmark = pytest.mark.usefixtures("best_kernels_afterwards")
 
-HIDDEN, HEADS, DIM, RANK, CAPACITY = 64, 6, 32, 48, 700
+HIDDEN, HEADS, DIM, RANK, CAPACITY, LENGTHS = 64, 6, 32, 48, 700, (5, 490)
 DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -72,14 +72,16 @@ Kernel = kernels.AttentionKernel | kernels.LatentKernel
 
 
 class Sequences:
-    """Caches of two sequences, and tokens to come. window: what each token sees of its sequence; None: all."""
+    """Caches of some sequences, and tokens to come. window: what each token sees of its sequence; None: all."""
 
-    def __init__(self, kernel: Kernel, kv_heads: int, window: int | None = None) -> None:
+    def __init__(
+        self, kernel: Kernel, kv_heads: int, window: int | None = None, lengths: Sequence[int] = LENGTHS
+    ) -> None:
         self.kernel, self.window = kernel, window
-        is_latent = isinstance(kernel, kernels.LatentKernel)
-        shapes = ((1, 1, CAPACITY, RANK), (1, 1, CAPACITY, 16)) if is_latent else ((1, kv_heads, CAPACITY, DIM),) * 2
-        self.caches = [[numbers(*s, seed=n).to(kernel.cache_dtype) for s in shapes] for n in range(2)]
-        self.lengths = [5, 490]
+        is_latent, capacity = isinstance(kernel, kernels.LatentKernel), max(CAPACITY, max(lengths) + 64)
+        shapes = ((1, 1, capacity, RANK), (1, 1, capacity, 16)) if is_latent else ((1, kv_heads, capacity, DIM),) * 2
+        self.caches = [[numbers(*s, seed=n).to(kernel.cache_dtype) for s in shapes] for n in range(len(lengths))]
+        self.lengths = [*lengths]
 
     def rooms(self, which: Sequence[int]) -> list[kernels.Room]:
         """For the next tokens of these sequences, which count afterwards."""
@@ -141,6 +143,22 @@ def test_latents(dtype: torch.dtype, arrangement: str, num_threads: int) -> None
 def test_windows(window: int, num_threads: int) -> None:
     """Which begin to slide before the tokens, at one of them, or behind them."""
     check(grouped(2, torch.bfloat16), 2, ARRANGEMENTS["two"], window)
+
+
+@pytest.mark.parametrize("kernel", [(grouped, 1), (grouped, 2), (grouped, 3), (latent, 1)])
+def test_sections_of_long_contexts_are_divided_among_many_threads(kernel: tuple[Any, int]) -> None:
+    """Of a few guessed rows, and of several sequences, one of which has fewer sections."""
+    make, kv_heads = kernel
+    made = make(torch.bfloat16) if make is latent else make(kv_heads, torch.bfloat16)
+    for which in ([0] * 8, [0, 0, 1, 0, 0, 2, 2, 2]):
+        x, expected = numbers(len(which), HIDDEN, seed=5), None
+        for num_threads in (1, 2, 3, 4, 7, 8, 16, 17, 32):
+            kernels.set_threads(num_threads)
+            at_once = 1 if expected is None else len(which)
+            found = Sequences(made, kv_heads, lengths=(2043, 700, 5)).attend(x, which, at_once)
+            assert expected is None or torch.equal(found, expected)
+            expected = found
+    kernels.set_threads(1)
 
 
 @pytest.mark.parametrize("instruction_set", PANEL_SETS)

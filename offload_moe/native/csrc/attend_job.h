@@ -18,6 +18,9 @@ typedef struct {
     int64_t num_blocks, *first_rows;                     /* [num_blocks + 1] */
     uint8_t *scratch;                                    /* per thread */
     int64_t scratch_bytes;
+    int is_split;         /* each section is a unit; the results of all are here: */
+    om_section *sections; /* [num_kv_heads, parts of heads, num_rows, heads_per_unit, num_sections] */
+    float *sums;          /* the same, [value_dim] each */
 } om_attend_blocks;
 
 /* The caller sets all up to `num_kv_heads` before it is laid out, but for `queries` and `out`. */
