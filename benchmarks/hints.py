@@ -72,6 +72,7 @@ def same_token(ids: Sequence[int]) -> Hint:
 
 
 def same_text(ids: Sequence[int]) -> Hint:
+    """Of each token, the earlier place of the same token with the longest run of equal tokens before it, 16 at most."""
     places, read, found = Places(1), list[int](), Hint()
     for at, token in enumerate(ids):
         read.append(token)

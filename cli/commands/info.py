@@ -47,17 +47,18 @@ def run(options: argparse.Namespace) -> int:
 
 def _named(name: str, stack: ExitStack) -> "tuple[str | Path, bool]":
     """The folder of a store, and whether its weights are on this disk: of a GGUF file on the hub only the header is."""
-    if split_gguf_name(name) is None or user_path(name).exists():
+    path = user_path(name)
+    is_on_hub = split_gguf_name(name) is not None and not path.exists()
+    if not is_on_hub:
         check_installed(name)
     from offload_moe.checkpoint.gguf_hub import find_gguf
     from offload_moe.checkpoint.gguf_split import is_gguf
     from offload_moe.convert.gguf_source import view_of_headers
     from offload_moe.convert.sources import ensure_view
 
-    path = user_path(name)
     if is_gguf(path):
         return ensure_view(path, name), True
-    if split_gguf_name(name) is None or path.exists():
+    if not is_on_hub:
         return name, True
     found = find_gguf(name, revision=None, token=None)
     if (cached := found.cached()) is not None:

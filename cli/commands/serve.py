@@ -15,6 +15,7 @@ from offload_moe.system.texts import read_text
 
 from ..loading import load_model
 from ..options import MEMORY, SAMPLING, Subparsers, add_model_flags, fill, load_arguments
+from ..progress import reporter
 
 if TYPE_CHECKING:
     from offload_moe.serve.config import ServeConfig
@@ -141,10 +142,12 @@ def _serve_cluster(options: argparse.Namespace, config: "ServeConfig") -> int:
 
     fill(options, *MEMORY)
     listener = listen(config)
-    from offload_moe.cluster.replica import Job
-    from offload_moe.cluster.serving import serve_cluster
-    from offload_moe.engine.options import LoadOptions
-    from offload_moe.serve.app import model_name
+    with reporter() as report:
+        report("Loading libraries")
+        from offload_moe.cluster.replica import Job
+        from offload_moe.cluster.serving import serve_cluster
+        from offload_moe.engine.options import LoadOptions
+        from offload_moe.serve.app import model_name
 
     is_folder = options.model != DEMO and user_path(options.model).exists()
     job = Job(
@@ -155,9 +158,7 @@ def _serve_cluster(options: argparse.Namespace, config: "ServeConfig") -> int:
         drain_s=options.drain,
     )
     url = url_of(listener)
-    was_interrupted = serve_cluster(
-        job, config, listener, drain_s=options.drain, on_ready=lambda: _say(job.name, url, config)
-    )
+    was_interrupted = serve_cluster(job, config, listener, on_ready=lambda: _say(job.name, url, config))
     return EXIT_INTERRUPTED if was_interrupted else 0
 
 

@@ -23,10 +23,8 @@ OBJECT_STORE_BYTES = 100 << 20  # Ray's own memory, of which nothing here needs 
 LOCAL = {"RAY_memory_monitor_refresh_ms": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
-def serve_cluster(
-    job: Job, config: ServeConfig, listener: socket.socket, *, drain_s: float, on_ready: Callable[[], None]
-) -> bool:
-    """Answer until a signal comes, then let answers end for `drain_s` seconds. Whether the signal was an interrupt.
+def serve_cluster(job: Job, config: ServeConfig, listener: socket.socket, *, on_ready: Callable[[], None]) -> bool:
+    """Answer until a signal comes, then let answers end for the job's `drain_s`. Whether the signal was an interrupt.
 
     config: of the ingress; that of the job is of every replica. on_ready: called with the first replica.
 
@@ -34,18 +32,16 @@ def serve_cluster(
     """
     try:
         with _connected():
-            return asyncio.run(_serve(job, config, listener, drain_s, on_ready))
+            return asyncio.run(_serve(job, config, listener, on_ready))
     finally:
         listener.close()
 
 
-async def _serve(
-    job: Job, config: ServeConfig, listener: socket.socket, drain_s: float, on_ready: Callable[[], None]
-) -> bool:
+async def _serve(job: Job, config: ServeConfig, listener: socket.socket, on_ready: Callable[[], None]) -> bool:
     key = secrets.token_urlsafe(32)
     replicas = Replicas(key)
     ingress = Ingress(replicas, config, job.name)
-    server = Server(ingress, ingress, drain_s)
+    server = Server(ingress, ingress, job.drain_s)
     keeper = Keeper(replicas, replace(job, config=replace(job.config, api_key=key)))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     keeping = asyncio.create_task(keeper.keep())

@@ -16,7 +16,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAtten
 from offload_moe.decode.hooks import Bypass
 from offload_moe.decode.probe import Refused, agree, answer, structure
 from offload_moe.errors import ConfigError
-from offload_moe.families.cache_name import STATES, with_states
+from offload_moe.families.cache_name import states_in, with_states
 from offload_moe.native.kernels import DeltaKernel, Projected
 
 NUM_PROMPT, NUM_STEPS = 5, 2  # tokens of a check
@@ -76,7 +76,8 @@ class DeltaForward:
         self._bypass = Bypass([module.conv1d, module.norm], ())
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        states = self.states(kwargs.get(STATES)) if _is_step(hidden_states) and self._bypass.is_clear else None
+        is_step = _is_step(hidden_states) and self._bypass.is_clear
+        states = self.states(states_in(args, kwargs)) if is_step else None
         if states is None:
             return self._forward(hidden_states, *args, **kwargs)
         out = torch.empty(1, 1, self._num_out)

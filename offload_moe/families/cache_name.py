@@ -3,6 +3,7 @@
 No other file has them, so that both are supported; the older ones are still taken by newer versions until 5.40.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -27,6 +28,12 @@ def cache_in(arguments: dict[str, Any]) -> Any:
     """The cache that a forward is given by any name; None for none."""
     cache = arguments.get(CACHE)
     return arguments.get(OLD) if cache is None else cache
+
+
+def states_in(positional: Sequence[Any], arguments: Mapping[str, Any]) -> Any:
+    """The cache that linear attention's forward is given behind its hidden states; None for none."""
+    names = [name for name in (STATES, OLD_STATES) if arguments.get(name) is not None]
+    return arguments[names[0]] if names else next(iter(positional), None)
 
 
 def take_cache(arguments: dict[str, Any]) -> Any:

@@ -63,11 +63,11 @@ class Speculation:
         if not self._is_planned:
             raise ConfigError(
                 "The model was loaded with speculate='off', so no memory was planned for the earlier states of linear "
-                f"attention that guesses take. Load it with speculate={chosen!r}, or leave speculate out."
+                f"attention that guesses take. Load it with {_load_with(chosen)}, or leave that out."
             )
         if chosen not in self._sources:
             what = "a draft model" if chosen == "draft" else "its layer for multi-token prediction"
-            raise ConfigError(f"The model was loaded without {what}. Load it with speculate={chosen!r}.")
+            raise ConfigError(f"The model was loaded without {what}. Load it with {_load_with(chosen)}.")
         source, *beside = (make() for make in self._sources[chosen])
         return Speculator(source, self._costs, self.counters, beside=beside, may_guess=lambda: not self._new_hooks)
 
@@ -107,3 +107,8 @@ class _NewHooks:
 
     def __bool__(self) -> bool:
         return any(hooks.keys() - known for hooks, known in self._registries)
+
+
+def _load_with(choice: Choice) -> str:
+    """What a program, or a user of the command line, sets at load."""
+    return f"speculate={choice!r} (--speculate {choice})"

@@ -162,7 +162,10 @@ def test_the_plan_counts_a_draft(store: Path, draft: Path) -> None:
 
 
 def test_a_model_without_that_draft_refuses_it(store: Path) -> None:
-    with load(store, context=512) as model, pytest.raises(ConfigError, match="loaded without a draft"):
+    with (
+        load(store, context=512) as model,
+        pytest.raises(ConfigError, match=r"draft.* speculate='draft' \(--speculate draft\)"),
+    ):
         model.generate("Hi", speculate="draft")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from offload_moe.cluster.replica import Job
 from offload_moe.errors import ConfigError
 from offload_moe.serve.host import Host
 from offload_moe.system.durations import parse_duration
@@ -194,6 +195,24 @@ def test_the_extra_is_named_where_it_is_missing(
     monkeypatch.setitem(sys.modules, module, None)
     assert load_cli().main(["serve", "demo"]) == 1
     assert "pip install 'offload-moe[serve]'" in capsys.readouterr().err
+
+
+def test_an_ingress_says_that_it_loads_libraries(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def be_ready(job: Job, _: object, listener: socket.socket, *, on_ready: Callable[[], None]) -> bool:
+        assert job.drain_s == 7
+        assert "Loading libraries" in capsys.readouterr().err
+        listener.close()
+        on_ready()
+        return False
+
+    for module in ("ray", "httpx2"):
+        monkeypatch.setitem(sys.modules, module, ModuleType(module))
+    monkeypatch.setitem(sys.modules, "offload_moe.cluster.serving", serving := ModuleType("serving"))
+    monkeypatch.setattr(serving, "serve_cluster", be_ready, raising=False)
+    assert load_cli().main(["serve", "demo", "--ray", "--port", "0", "--drain", "7s"]) == 0
+    assert "demo is served at" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("module", ["ray", "httpx2"])

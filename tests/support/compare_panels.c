@@ -3,6 +3,7 @@
 #include "arithmetic.h"
 #include "gguf_types.h"
 #include "panel.h"
+#include "noise.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -41,8 +42,6 @@ static const om_panel_set *find(const char *name) {
 #endif
     return NULL;
 }
-
-static float noise(void) { return (float)(rand() % 2001 - 1000) / 500.0f; }
 
 /* Scales below 2: the upper bit of the exponent is cleared in the first dwords of each chunk, and beside the dwords. */
 static void make_scales_finite(int codec, int64_t rows, int64_t chunks) {

@@ -1,5 +1,7 @@
-/* compare_sets NAME: the kernels of rows and the encoders of the set NAME against the portable ones, without Python: for emulators. Exits 1 on a difference. */
+/* compare_sets NAME: the kernels of rows and the encoders of the set NAME against the portable ones, without Python: for
+ * emulators. Exits 1 on a difference. */
 #include "om_kernels.h"
+#include "noise.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -16,8 +18,6 @@ enum { ROWS = 7, MAX_TOKENS = 9, MAX_COLUMNS = 1200, RECORD_BYTES = 1 << 16 };
 static const char *const codecs[] = {"nf4", "int8", "mxfp4", "bf16", "fp32", "fp16"};
 static uint8_t record[RECORD_BYTES];
 static float x[MAX_TOKENS * MAX_COLUMNS];
-
-static float noise(void) { return (float)(rand() % 2001 - 1000) / 500.0f; }
 
 static om_matrix random_matrix(int codec, int64_t columns) {
     const int64_t padded = (columns + 63) / 64 * 64, blocks = padded / 64;

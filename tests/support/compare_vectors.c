@@ -1,6 +1,7 @@
 /* compare_vectors NAME: the vectors of the set NAME against the portable ones, bit for bit, without Python: for emulators, and
  * for sets that were changed on purpose. Links with `vector_*.c` alone. Exits 1 on a difference. */
 #include "vector_set.h"
+#include "noise.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,8 +28,6 @@ static const om_vector_set *find(const char *name) {
 #endif
     return NULL;
 }
-
-static float noise(void) { return (float)(rand() % 2001 - 1000) / 500.0f; }
 
 static void fill(float *values, int64_t count) {
     for (int64_t i = 0; i < count; i++) values[i] = noise();

@@ -156,6 +156,21 @@ def test_rows_of_one_sequence_have_the_bits_of_one_after_the_other(kind: str) ->
         assert all(map(torch.equal, each, found[0]))
 
 
+def test_states_that_are_no_keyword_are_found() -> None:
+    module = module_of("qwen3_next")
+    expected = steps(module, DeltaForward(module))
+
+    class Positional:
+        def __init__(self) -> None:
+            self._forward = DeltaForward(module)
+
+        def __call__(self, x: Tensor, **states: Any) -> Tensor:
+            (cache,) = states.values()
+            return self._forward(x, cache)  # type: ignore[no-any-return]
+
+    assert all(map(torch.equal, steps(module, Positional()), expected))
+
+
 def test_prompts_batches_and_calls_without_states_take_the_modules_own_forward() -> None:
     module = module_of("qwen3_next")
     fused, x = DeltaForward(module), torch.randn(2, 3, 24)

@@ -79,8 +79,9 @@ typedef struct {
     int top_k;
 } om_card_scale_params;
 
-/* The first matrix of the experts of all rows, and their activation. Of GGUF's types gate and up rows are two matrices. addresses [T, K] of the records; 0: the pair is computed
- * elsewhere, or later. Pairs of equal addresses read the record once. Grid: OM_FIRST_BLOCKS, R * top_k. */
+/* The first matrix of the experts of all rows, and their activation. Of GGUF's types gate and up rows are two matrices.
+ * addresses [T, K] of the records; 0: the pair is computed elsewhere, or later. Pairs of equal addresses read the record once.
+ * Grid: OM_FIRST_BLOCKS, R * top_k. */
 typedef struct {
     om_card_pass pass;
     om_card_input input;
