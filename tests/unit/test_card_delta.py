@@ -45,6 +45,14 @@ def test_special_numbers_are_the_librarys(library: shim.ShimLibrary, sizes: str)
     assert max(shares) > 0
 
 
+@pytest.mark.parametrize("sizes", SIZES)
+def test_times_that_are_their_own_softplus(library: shim.ShimLibrary, sizes: str) -> None:
+    """More than 20, with decays that are so slow that states do not vanish."""
+    case = DeltaCase(SIZES[sizes], SEQUENCES["sequences"], seed=4, scales=(0.01, 90.0))
+    assert case.time_biases.max() > 20
+    assert np.isfinite(case.check(library)).all()
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_any_order_of_threads_gives_the_same(library: shim.ShimLibrary, seed: int) -> None:
     for sizes in SIZES.values():

@@ -50,6 +50,8 @@ COMPILED += [
 def run(family: Family, records: Records, x: np.ndarray, choice: Choice, seed: int = 0) -> np.ndarray:
     layer = CardExperts(family, records, COMPILED, len(x), seed)
     layer.scale(x, choice) if family.are_scaled else layer.quantize(x)
+    quants = layer.input["quants"].reshape(family.compiled, -1)
+    assert (quants[len(x) :] == 77).all()
     layer.compute(choice, layer.addresses(choice))
     assert (layer.pairs[len(x) :] == 5.0).all()
     return layer.sums()

@@ -5,13 +5,20 @@ host reads mapped memory while a kernel runs only behind a flag, and every store
 """
 
 import re
+from pathlib import Path
 
 import pytest
 
+from tests.support.cuda.card import SOURCES
 from tests.support.cuda.fake import CSRC
 from tests.support.cuda.shim import KERNELS
 
-TEXTS = {path.name: re.sub(r"/\*.*?\*/", " ", path.read_text(), flags=re.DOTALL) for path in KERNELS.glob("*.cuh")}
+
+def texts_of(folder: Path) -> dict[str, str]:
+    return {path.name: re.sub(r"/\*.*?\*/", " ", path.read_text(), flags=re.DOTALL) for path in folder.glob("*.cuh")}
+
+
+TEXTS = texts_of(KERNELS)
 # Kernels that write where the host reads meanwhile, and the flag of each.
 FLAGS = {"om_resolve": "p.notice->stamp", "om_finish": "p.notice->done"}
 HOSTS = r"p\.(?:notice->\w+|host_normed)(?:\[[^\]]*\])? = "
@@ -72,7 +79,7 @@ def both_read_and_written(text: str) -> set[tuple[str, str]]:
 
 
 def test_flags_come_behind_fences() -> None:
-    assert faults_of_flags(TEXTS["residency.cuh"]) == []
+    assert faults_of_flags(texts_of(SOURCES)["residency.cuh"]) == []
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -99,10 +106,11 @@ def test_a_store_behind_a_fence_or_of_another_kernel_is_noticed() -> None:
 
 
 def test_blocks_of_a_launch_exchange_nothing() -> None:
-    assert {name: found for name, text in TEXTS.items() if (found := both_read_and_written(text))} == {}
-    fences = {name: text.count("__threadfence") for name, text in TEXTS.items()}
+    texts = texts_of(SOURCES)
+    assert {name: found for name, text in texts.items() if (found := both_read_and_written(text))} == {}
+    fences = {name: text.count("__threadfence") for name, text in texts.items()}
     assert {name: count for name, count in fences.items() if count} == {"residency.cuh": 3}
-    atomics = {name: set(re.findall(r"atomic\w+\(&?([\w.]+)", text)) for name, text in TEXTS.items()}
+    atomics = {name: set(re.findall(r"atomic\w+\(&?([\w.]+)", text)) for name, text in texts.items()}
     assert {name: found for name, found in atomics.items() if found} == ATOMICS
 
 

@@ -1,10 +1,8 @@
 """Rules 4 and 9 of the device pass in the kernels that decide residency, executed on the CPU, and without each rule."""
 
-import ctypes
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +10,11 @@ import pytest
 from offload_moe.card.structs import constant, struct
 from offload_moe.card.worths import in_groups
 from tests.support.cuda import shim
+from tests.support.cuda.residency import EMPTY, FIRST_KEY, HIT, HOSTS, MISSED, NUM_LAYERS, TOP_K, Layer, build
 
 pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
 
-EMPTY, HOSTS, HIT, MISSED = (constant(f"OM_CARD_{name}") for name in ("EMPTY", "HOSTS", "HIT", "MISSED"))
-HEAD, MISSING_STOP = constant("OM_CARD_LOG_HEAD"), constant("OM_STOP_MISSING")
-NUM_KEYS, NUM_SLOTS, TOP_K, LAYER, NUM_LAYERS, FIRST_KEY = 16, 6, 4, 1, 3, 8
-SLOT_BYTES, SOURCE = 4096, 1 << 20
-THREADS = (256,)
+MISSING_STOP = constant("OM_STOP_MISSING")
 RULES = {
     "4: a slot that the host fills": ("key >= OM_CARD_EMPTY && ", ""),
     "4: a slot that this layer uses": ("tables.used[s] != now && ", ""),
@@ -27,10 +22,6 @@ RULES = {
     "age before worth of late": ("is_fresh ? OM_CARD_MOST_WORTH : ", ""),
     "9: counted again": ("is_again = p.log[0] == p.state->token;", "is_again = 0;"),
 }
-
-
-def build(folder: Path = shim.KERNELS) -> shim.ShimLibrary:
-    return shim.ShimLibrary(shim.build('#include "residency.cuh"\n', [f"-I{folder}"], mode="quick"))
 
 
 @pytest.fixture(scope="module")
@@ -51,62 +42,6 @@ def without(tmp_path: Path) -> Callable[[str], shim.ShimLibrary]:
         return build(tmp_path / "cuda")
 
     return changed
-
-
-class Layer:
-    """The tables of a device, and one row of one layer that chooses the first experts of it."""
-
-    def __init__(self, library: shim.ShimLibrary, key_of: list[int], used: list[int], *, token: int) -> None:
-        self.library = library
-        self.state = struct("state")(
-            num_rows=1, token=token, num_owned=sum(key != HOSTS for key in key_of), num_slots=NUM_SLOTS
-        )
-        self.key_of, self.used = np.array(key_of, np.int32), np.array(used, np.uint32)
-        self.slot_of = np.full(NUM_KEYS, -1, np.int32)
-        for slot, key in enumerate(key_of):
-            if key >= 0:
-                self.slot_of[key] = slot
-        self.memory = (1 + np.arange(NUM_SLOTS, dtype=np.uint64)) * np.uint64(SLOT_BYTES)
-        self.source = np.full(NUM_KEYS, SOURCE, np.uint64)
-        self.worth = np.zeros(NUM_KEYS, np.uint8)
-        self.ids, self.weights = np.arange(TOP_K, dtype=np.int32), np.full(TOP_K, 0.25, np.float32)
-        self.hits, self.fetched = np.zeros(TOP_K, np.uint64), np.zeros(TOP_K, np.uint64)
-        self.log = np.full(HEAD + 6 * TOP_K, -1, np.int32)
-        self.notice, self.fetches = struct("notice")(), struct("fetches")()
-
-    def run(self, kernel: str, **others: Any) -> None:
-        tables = struct("tables")()
-        for name in ("slot_of", "key_of", "used", "worth", "memory", "source"):
-            setattr(tables, name, getattr(self, name).ctypes.data)
-        state = ctypes.addressof(self.state)
-        kind = type(self.state)
-        base = struct("pass")(stop=state + kind.stop.offset, num_rows=state + kind.num_rows.offset)
-        addresses = {name: getattr(self, name).ctypes.data for name in ("ids", "hits", "log")}
-        numbers = {"first_key": FIRST_KEY, "layer": LAYER, "num_layers": NUM_LAYERS, "top_k": TOP_K, "max_rows": 1}
-        params = struct(f"{kernel}_params")(
-            **{"pass": base}, state=state, tables=tables, **addresses, **numbers, **others
-        )
-        self.library.launch(f"om_{kernel}", (1,), THREADS, params)
-
-    def resolve(self) -> None:
-        self.run("resolve", weights=self.weights.ctypes.data, notice=ctypes.addressof(self.notice))
-
-    def admit(self) -> None:
-        self.run("admit", fetched=self.fetched.ctypes.data, fetches=ctypes.addressof(self.fetches))
-
-    @property
-    def found(self) -> list[int]:
-        """Of each pair, in the log."""
-        return self.log[HEAD + 2 * TOP_K : HEAD + 3 * TOP_K].tolist()
-
-    def victims(self) -> list[int]:
-        """The slots that change, in their order, once both kernels have run."""
-        self.resolve()
-        self.admit()
-        assert self.state.stop == 0
-        changes = self.log[HEAD + 3 * TOP_K :][: 3 * self.log[1]].reshape(-1, 3)
-        assert changes[:, 2].tolist() == [FIRST_KEY + expert for expert in range(TOP_K) if self.found[expert] != HIT]
-        return changes[:, 0].tolist()
 
 
 def with_a_slot_of_the_host(library: shim.ShimLibrary) -> list[int]:
@@ -173,7 +108,7 @@ def test_worths_come_as_groups(library: shim.ShimLibrary) -> None:
     worth = np.full(24, 77, np.uint8)
     tables = struct("tables")(worth=worth.ctypes.data)
     params = struct("apply_params")(tables=tables, edits=edits.ctypes.data, num_edits=2)
-    library.launch("om_apply", (1,), THREADS, params)
+    library.launch("om_apply", (1,), (256,), params)
     assert worth.tolist() == [0, 127, 255, 255, 0, 0, 0, 254, 63, 1, *[0] * 6, *[77] * 8]
 
 

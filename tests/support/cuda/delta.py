@@ -79,19 +79,32 @@ def program(all_sizes: tuple[Sizes, ...]) -> shim.ShimLibrary:
 class DeltaCase:
     """One launch for rows of some sequences."""
 
-    def __init__(self, sizes: Sizes, sequences: Sequence[Moves], seed: int = 0, *, num_special: int = 0) -> None:
-        """num_special: NaN, infinite, zero, tiny or huge numbers, in a fourth of all arrays."""
+    def __init__(
+        self,
+        sizes: Sizes,
+        sequences: Sequence[Moves],
+        seed: int = 0,
+        *,
+        num_special: int = 0,
+        scales: tuple[float, float] = (1.0, 3.0),
+    ) -> None:
+        """num_special: NaN, infinite, zero, tiny or huge numbers, in a fourth of all arrays.
+
+        scales: of decays and time biases.
+        """
         self.sizes, self.random, self._num_special = sizes, np.random.default_rng(seed), num_special
         self.moves = [(at, *move) for at, sequence in enumerate(sequences) for move in sequence.places]
         self.num_rows = len(self.moves)
         heads, channels = sizes.num_heads, sizes.num_channels
         self.conv_weight = self._floats(channels, sizes.num_taps)
         self.conv_bias = self._floats(channels) if sizes.has_bias else None
-        self.decays, self.time_biases = copied(-np.abs(self._floats(heads))), self._floats(heads, scale=3.0)
+        self.decays = copied(-np.abs(self._floats(heads, scale=scales[0])))
+        self.time_biases = self._floats(heads, scale=scales[1])
         self.norm = self._floats(sizes.value_dim) + 1
         self.projected = [self._floats(self.num_rows, width) for width in sizes.widths]
-        self.inputs = [self._floats(NUM_PLACES, channels, sizes.num_taps) for _ in sequences]
-        self.states = [self._floats(NUM_PLACES, heads, sizes.key_dim, sizes.value_dim) for _ in sequences]
+        rings = range(len(sequences) + 1)  # the last one is of a sequence that has no row
+        self.inputs = [self._floats(NUM_PLACES, channels, sizes.num_taps) for _ in rings]
+        self.states = [self._floats(NUM_PLACES, heads, sizes.key_dim, sizes.value_dim) for _ in rings]
         self.kernel = kernels.DeltaKernel(
             conv_weight=torch.from_numpy(self.conv_weight),
             conv_bias=None if self.conv_bias is None else torch.from_numpy(self.conv_bias),
@@ -118,7 +131,8 @@ class DeltaCase:
     def run(self, library: shim.ShimLibrary, *, seed: int = 0, is_stopped: bool = False) -> tuple[Floats, Inputs]:
         """The result, and its int8 inputs."""
         sizes, given = self.sizes, Pass(self.num_rows, is_stopped=is_stopped)
-        moves = [*self.moves, (self.moves[-1][0], 0, 1)]  # behind the last row: more of its sequence, as in a pass
+        # behind the last row: more of its sequence, as in a pass, and of another one
+        moves = [*self.moves, (self.moves[-1][0], 0, 1), (len(self.states) - 1, 0, 1)]
         out = np.full((len(moves), sizes.num_values), np.nan, np.float32)
         inputs = Inputs(len(moves), sizes.num_values)
         places = self.kernel.places(len(self.projected))
@@ -151,10 +165,10 @@ class DeltaCase:
             epsilon=EPSILON,
         )
         width = sizes.num_shared * sizes.value_dim
-        grid = (launch("OM_DELTA_BLOCKS", sizes.num_key_heads, width), self.num_rows + 1)
+        grid = (launch("OM_DELTA_BLOCKS", sizes.num_key_heads, width), len(moves))
         library.launch(sizes.name, grid, (launch("OM_DELTA_THREADS", width),), params, seed=seed)
-        assert np.isnan(out[-1]).all()
-        return out[:-1], inputs
+        assert np.isnan(out[self.num_rows :]).all()
+        return out[: self.num_rows], inputs
 
     def _step(self, row: int, inputs: Sequence[Floats], states: Sequence[Floats]) -> Any:
         at, read, left = self.moves[row]

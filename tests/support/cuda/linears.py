@@ -16,6 +16,7 @@ def multiply(
     outs = [np.full((compiled, count), 5.0, np.float32) for count in rows]
     taken = card.input(codec, cols, compiled)
     card.run("QUANTIZE", (cols,), {"x": copied(x), "inputs": inputs_for(codec, taken)}, y=compiled)
+    assert (taken["quants"].reshape(compiled, -1)[len(x) :] == 77).all()
     params = {
         "input": taken,
         "matrices": [each.matrix(0) for each in records],
