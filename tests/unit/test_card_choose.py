@@ -134,6 +134,14 @@ def test_tokens_far_below_the_greatest_are_drawn_too() -> None:
     assert chosen(logits, Draw(), position)[0] == drawn(logits[0], Draw(), position)
 
 
+def test_tokens_too_far_below_the_greatest_are_not_drawn() -> None:
+    """Their probabilities are rounded to none, but those of many together would decide this draw."""
+    logits, position = np.full((1, 65536), -21.0, np.float32), 69096
+    logits[0, 0] = 0.0
+    assert random_bits(position) * (2**30 + 65535) >> 64 >= 2**30
+    assert chosen(logits, Draw(), position)[0] == drawn(logits[0], Draw(), position) == 0
+
+
 def kept(logits: np.ndarray, draw: Draw) -> np.ndarray:
     """The masses of tokens ``[V]``, 0 of those that are left out."""
     t = (logits - logits.max()) * (np.float32(1) / np.float32(draw.temperature))

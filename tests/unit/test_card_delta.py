@@ -47,9 +47,9 @@ def test_special_numbers_are_the_librarys(library: shim.ShimLibrary, sizes: str)
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_times_that_are_their_own_softplus(library: shim.ShimLibrary, sizes: str) -> None:
-    """More than 20, with decays that are so slow that states do not vanish."""
-    case = DeltaCase(SIZES[sizes], SEQUENCES["sequences"], seed=4, scales=(0.01, 90.0))
-    assert case.time_biases.max() > 20
+    """Some behind what an exponential can be, with decays so slow that states do not vanish."""
+    case = DeltaCase(SIZES[sizes], SEQUENCES["sequences"], seed=4, scales=(0.003, 400.0))
+    assert case.time_biases.max() > 100
     assert np.isfinite(case.check(library)).all()
 
 

@@ -92,6 +92,16 @@ def test_extreme_groups_and_scales(name: str) -> None:
     assert np.array_equal(bits(run(family, records, x, choice)), bits(spoiled))
 
 
+@pytest.mark.parametrize("name", ["qwen3", "olmoe"])
+def test_gates_behind_the_ends_of_what_is_computed(name: str) -> None:
+    """Of the exponential, and of the normal distribution: most gates are beyond 100."""
+    family = FAMILIES[name]
+    records, x, choice = family.records(), random_rows(1, family.hidden) * np.float32(1000), choose(family, 1)
+    expected = library_rows(family, records, x, choice)
+    assert np.isfinite(expected).all()
+    assert np.array_equal(bits(run(family, records, x, choice)), bits(expected))
+
+
 def test_tiny_and_infinite_groups_have_no_quants() -> None:
     """In a sum with other groups a tiny one is lost, so quants and scales are compared themselves."""
     family = FAMILIES["qwen3, 8 rows"]

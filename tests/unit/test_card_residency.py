@@ -71,7 +71,7 @@ def test_4_without_the_rule_a_slot_in_use_is_taken(without: Callable[[str], shim
 
 def with_worths(library: shim.ShimLibrary) -> list[int]:
     """Three are missing: an empty slot, then the least worth, of equals the older. One slot is used by the layer."""
-    layer = Layer(library, [5, 7, FIRST_KEY, EMPTY, 4, 3], [4, 5, 1, 0, 7, 6], token=3)
+    layer = Layer(library, [5, 7, FIRST_KEY, EMPTY, 4, 3], [4, 5, 1, 0, 2**31, 6], token=2**30)
     layer.worth[[5, 7, FIRST_KEY, 4, 3]] = [9, 255, 0, 8, 8]
     return layer.victims()
 
@@ -85,8 +85,11 @@ def test_without_worths_what_was_used_longest_ago_goes_first(without: Callable[[
 
 
 def with_some_used_of_late(library: shim.ShimLibrary) -> list[int]:
-    """Slot 0 was used by the layer before, slot 4 by the last layer of the pass before: the host counts neither yet."""
-    layer = Layer(library, [5, 7, FIRST_KEY, HOSTS, 4, 3], [10, 5, 1, 0, 9, 4], token=3)
+    """Slot 0 was used by the layer before, slot 4 by the last layer of the pass before: the host counts neither yet.
+
+    Slot 1 was used by this layer in the pass before.
+    """
+    layer = Layer(library, [5, 7, FIRST_KEY, HOSTS, 4, 3], [10, 8, 1, 0, 9, 4], token=3)
     layer.worth[[5, 7, 4, 3]] = [0, 200, 0, 250]
     return layer.victims()
 

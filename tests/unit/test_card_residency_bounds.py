@@ -39,9 +39,9 @@ def library() -> shim.ShimLibrary:
 
 
 def two_rows(library: shim.ShimLibrary, seed: int = 0, *, is_stepwise: bool = False) -> Layer:
-    """Two of three rows. Experts 1 and 3 are here; other slots of the device are empty, or of other layers."""
+    """Two of three rows. Experts 1 and 3 are here; of the device's other slots one has become empty of late."""
     key_of = [FIRST_KEY + 1, 5, HOSTS, EMPTY, FIRST_KEY + 3, 2]
-    layer = Layer(library, key_of, [3, 8, 0, 0, 4, 2], token=TOKEN, ids=IDS, max_rows=ROWS, seed=seed)
+    layer = Layer(library, key_of, [3, 8, 0, NOW - 1, 4, 2], token=TOKEN, ids=IDS, max_rows=ROWS, seed=seed)
     layer.state.mode = constant("OM_CARD_STEPWISE") if is_stepwise else constant("OM_CARD_QUEUED")
     layer.worth[[5, 2]] = 7
     assert layer.state.num_owned == DISTINCT
@@ -55,7 +55,7 @@ def test_missing_experts_of_two_rows_get_slots_and_their_records(library: shim.S
     slots = np.where(IS_HERE, layer.slot_of[FIRST_KEY + layer.ids.reshape(-1)], 0)
     here = np.where(IS_HERE, layer.memory[slots], 0)
     assert layer.hits.tolist() == [*here, *[0] * (len(layer.hits) - PAIRS)]
-    assert layer.used.tolist() == [NOW, 8, 0, 0, NOW, 2]
+    assert layer.used.tolist() == [NOW, 8, 0, NOW - 1, NOW, 2]
     layer.admit()
     assert layer.changes == [[3, EMPTY, FIRST_KEY], [5, 2, FIRST_KEY + 2], [1, 5, FIRST_KEY + 4]]
     assert layer.key_of.tolist() == [FIRST_KEY + 1, FIRST_KEY + 4, HOSTS, FIRST_KEY, FIRST_KEY + 3, FIRST_KEY + 2]
@@ -71,6 +71,8 @@ def test_missing_experts_of_two_rows_get_slots_and_their_records(library: shim.S
         assert np.array_equal(layer.slots[slot, :RECORD_BYTES], layer.records[FIRST_KEY + record])
     assert is_junk(layer.slots[:, RECORD_BYTES:])
     assert is_junk(layer.slots[[0, 2, 4]])
+    layer.resolve()
+    assert len(layer.changes) == 3  # a layer that is resolved again keeps them
 
 
 def check_log(layer: Layer) -> None:
@@ -86,7 +88,7 @@ def check_log(layer: Layer) -> None:
 @pytest.mark.parametrize("seed", [0, 1, 5])
 def test_stepwise_the_host_gets_what_it_computes(library: shim.ShimLibrary, seed: int) -> None:
     layer = two_rows(library, seed, is_stepwise=True)
-    layer.source[:] = 0  # a record that cannot be fetched is the host's, too
+    layer.source[:], layer.state.num_owned = 0, 1  # nothing is fetched
     layer.resolve()
     assert layer.state.stop == layer.noticed("stop") == 0
     assert (layer.noticed("layer"), layer.noticed("stamp")) == (LAYER, NOW)
@@ -97,12 +99,14 @@ def test_stepwise_the_host_gets_what_it_computes(library: shim.ShimLibrary, seed
     assert np.array_equal(layer.host_normed, layer.normed)
 
 
-def test_stepwise_the_host_gets_no_row_where_all_experts_are_here(library: shim.ShimLibrary) -> None:
+@pytest.mark.parametrize("mode", ["STEPWISE", "QUEUED"])
+def test_experts_that_are_all_here_need_no_host_and_no_slot(library: shim.ShimLibrary, mode: str) -> None:
     keys = [FIRST_KEY + expert for expert in range(DISTINCT)]
     layer = Layer(library, [*keys, HOSTS], [0] * 6, token=TOKEN, ids=IDS, max_rows=ROWS)
-    layer.state.mode = constant("OM_CARD_STEPWISE")
+    layer.state.mode, layer.state.num_owned = constant(f"OM_CARD_{mode}"), 0
     layer.resolve()
-    assert layer.noticed("stamp") == NOW
+    assert layer.state.stop == 0
+    assert layer.noticed("stamp") == NOW if mode == "STEPWISE" else is_junk(layer.notice)
     assert is_junk(layer.host_normed)
 
 
@@ -113,7 +117,7 @@ def test_more_experts_than_slots_stop_the_pass(library: shim.ShimLibrary) -> Non
     assert layer.state.stop == layer.noticed("stop") == constant("OM_STOP_SLOTS")
     assert (layer.noticed("layer"), layer.noticed("stamp")) == (LAYER, NOW)
     assert np.array_equal(layer.noticed("ids")[:PAIRS], layer.ids.reshape(-1))
-    assert layer.used.tolist() == [3, 8, 0, 0, 4, 2]
+    assert layer.used.tolist() == [3, 8, 0, NOW - 1, 4, 2]
     assert is_junk(layer.host_normed)
 
 

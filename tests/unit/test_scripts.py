@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tests.support.cli import load_cli
+from tests.support.cuda import shim
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,6 +85,15 @@ def test_every_change_of_a_kernel_has_its_text() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^\w+\.cuh:\d+: ", done.stdout, re.MULTILINE)) >= 200
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
+def test_a_change_that_only_reads_what_is_not_the_kernels_is_noticed() -> None:
+    script = runpy.run_path(str(ROOT / "scripts/card_mutations"))
+    (change,) = [change for change in script["changes"]() if "first + h / S < G -> h < HEADS" in change[0]]
+    assert script["does_sanitizer_stop"](*change[1:])
+    assert not script["does_sanitizer_stop"]("delta.cuh", (script["SOURCES"] / "delta.cuh").read_text())
 
 
 FORGE = sorted([*(ROOT / ".github").rglob("*.yml"), ROOT / ".pre-commit-config.yaml", ROOT / "CITATION.cff"])

@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(OM_RESOLVE_THREADS) om_resolve(cons
         found[i] = slot >= 0 ? OM_CARD_HIT : OM_CARD_MISSED;
         if (is_first(ids, i)) atomicAdd(&num_distinct, 1);
         if (slot < 0) atomicAdd(&num_missing, 1);
-        if (slot < 0 && !is_stepwise && !p.tables.source[key]) atomicExch(&has_no_source, 1);
+        if (slot < 0 && !p.tables.source[key]) atomicExch(&has_no_source, 1);
     }
     __syncthreads();
     const int stop = num_missing == 0 || is_stepwise ? 0

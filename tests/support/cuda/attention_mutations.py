@@ -60,6 +60,19 @@ BOUNDS = [
     ("view.cuh", "view.window > 0 && end > view.window", "view.window > 0"),
     ("view.cuh", "view.positions[row] % view.chunk", "(end - 1) % view.chunk"),
     ("view.cuh", "view.window > 0 && end > view.window", "end > view.window"),
+    ("absorb.cuh", "dim < Z ? dim : 0", "dim"),
+    ("absorb.cuh", "i < num_rows * (K + P)", "i < R * (K + P)"),
+    ("absorb.cuh", "i < num_rows * OM_ABSORB_DIMS", "i < R * OM_ABSORB_DIMS"),
+    ("absorb.cuh", "i < num_rows * P", "i < R * P"),
+    ("attend.cuh", "if (!has_head || part > 0) return;", "if (part > 0) return;"),
+    ("attend.cuh", "if (!has_head || part > 0) return;", "if (!has_head) return;"),
+    ("attend.cuh", "if ((int)threadIdx.x < num_rows) load_row", "load_row"),
+    ("attend.cuh", "i < u.num_heads * U::WIDTH ? from[i] : 0.0f", "from[i]"),
+    ("attend.cuh", "token + 4 <= end", "token < end"),
+    ("attend.cuh", " && (U::AT_ONCE > 1 || at_once == 0)", ""),
+    ("attend_units.cuh", "thread >= 2 * OM_SECTION_PAGES || page", "page"),
+    ("merge.cuh", "quarter == 0 && own_head == head && feature", "own_head == head && feature"),
+    ("merge.cuh", "if (out && column + 1 <= last)", "if (out)"),
 ]  # fmt: skip
 OPERATIONS = [
     ("absorb.cuh", "__fmaf_rn(x, first, s.of[t][0])", "__fadd_rn(__fmul_rn(x, first), s.of[t][0])"),
@@ -127,4 +140,8 @@ OPERATIONS = [
     ("softmax.cuh", "sum = __fadd_rn(sum, values[i]);", "sum = __fadd_rn(values[count - 1 - i], sum);"),
     ("view.cuh", "bits + 0x7fffu + (bits >> 16 & 1u)", "bits + 0x8000u"),
     ("view.cuh", "if ((bits & 0x7fffffffu) > 0x7f800000u) return (u16)(bits >> 16 | 0x40u);", ""),
+]  # fmt: skip
+NO_FAULTS = [
+    ("absorb.cuh", "} else if (K % 16 && k < OM_CARD_UP(K, 16) * 16) {", "} else if (false) {", "a query of -0 or +0 gives the same scores; as the library"),
+    ("merge.cuh", "OM_CARD_LEAST(feature, last) % V", "feature % V", "behind the last feature another row of its head is read, and its product is not used"),
 ]  # fmt: skip

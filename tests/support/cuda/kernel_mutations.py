@@ -1,7 +1,7 @@
 """Changes of the card's kernels that are not attention's: what `scripts/card_mutations` makes, one at a time.
 
 A change is a file, a text of it, and the text in its place. A text that is in its file several times is changed in one
-place at a time.
+place at a time. `NO_FAULTS` are changes that alter neither a result nor an access to memory, and why.
 """
 
 # The tests that notice changes of a file: tests/unit/test_card_....py.
@@ -15,7 +15,7 @@ TESTS = {
     "norm.cuh": ["norm"],
     "panels.cuh": ["linear"],
     "quantize.cuh": ["linear", "experts"],
-    "residency.cuh": ["residency", "residency_bounds", "fences"],
+    "residency.cuh": ["fences", "residency_bounds", "residency"],
     "segments.cuh": ["linear", "experts"],
     "values.cuh": ["linear"],
     "values_mlp.cuh": ["values_mlp"],
@@ -65,9 +65,8 @@ BOUNDS = [
     ("residency.cuh", "i < num_pairs; i += OM_RESOLVE_THREADS) ids[i]", "i < most; i += OM_RESOLVE_THREADS) ids[i]"),
     ("residency.cuh", "if (is_first(ids, i)) atomicAdd", "atomicAdd"),
     ("residency.cuh", "if (slot < 0) atomicAdd", "atomicAdd"),
-    ("residency.cuh", "slot < 0 && !is_stepwise && !p.tables", "!is_stepwise && !p.tables"),
-    ("residency.cuh", "slot < 0 && !is_stepwise && !p.tables", "slot < 0 && !p.tables"),
-    ("residency.cuh", "!is_stepwise && !p.tables.source[key]", "!is_stepwise"),
+    ("residency.cuh", "slot < 0 && !p.tables.source[key]", "!p.tables.source[key]"),
+    ("residency.cuh", "slot < 0 && !p.tables.source[key]", "slot < 0"),
     ("residency.cuh", "num_missing == 0 || is_stepwise ? 0", "is_stepwise ? 0"),
     ("residency.cuh", "num_missing == 0 || is_stepwise ? 0", "num_missing == 0 ? 0"),
     ("residency.cuh", "!stop && slot >= 0 && is_first(ids, i)", "slot >= 0 && is_first(ids, i)"),
@@ -110,6 +109,44 @@ BOUNDS = [
     ("values_mlp.cuh", "wanted >= ROWS || t >= num_rows", "t >= num_rows"),
     ("values_mlp.cuh", "wanted >= ROWS || t >= num_rows", "wanted >= ROWS"),
     ("values.cuh", "matrix.bias < 0 ? 0.0f :", "matrix.bias < 0 ? -0.0f :"),
+    ("choose.cuh", "threadIdx.x < num_parts ? p.greatest", "true ? p.greatest"),
+    ("choose.cuh", "if (!(t >= -OM_DEEPEST)) return false;", ""),
+    ("choose.cuh", "if (part == 2) break;", ""),
+    ("choose.cuh", "below >= target || below + mine < target", "below + mine < target"),
+    ("choose.cuh", "below >= target || below + mine < target", "below >= target"),
+    ("choose.cuh", "lane >= d ? before : 0", "before"),
+    ("common.cuh", "t > 88.0f ? 88.0f : t", "t"),
+    ("common.cuh", "t < -87.0f ? -87.0f : t", "t"),
+    ("common.cuh", "size > 5.5f ? 5.5f : size", "size"),
+    ("experts.cuh", "if (threadIdx.x < OM_MOST_ROWS) m.of_row", "m.of_row"),
+    ("experts.cuh", "if (m.of_row[row] >= 0) m.of", "m.of"),
+    ("experts.cuh", "if (threadIdx.x >= pairs.count) return;", ""),
+    ("gguf.cuh", "count > 0 ? load2(from) : 0", "load2(from)"),
+    ("gguf.cuh", "count > 1 ? load2(from + 2) << 16 : 0", "load2(from + 2) << 16"),
+    ("gguf.cuh", "count > 2 ? load2(from + 4) : 0", "load2(from + 4)"),
+    ("gguf.cuh", "count > 3 ? load2(from + 6) << 16 : 0", "load2(from + 6) << 16"),
+    ("gguf.cuh", "CHUNKS % 2 == 0 || wanted < CHUNKS ? wanted : CHUNKS - 1", "wanted"),
+    ("linear.cuh", "R > TILE ? num_rows : 1", "1"),
+    ("norm.cuh", "at + 1 < HIDDEN ? m.values[at + 1] : 0.0f", "m.values[at + 1]"),
+    ("panels.cuh", "count > 0 ? load4(from) : 0", "load4(from)"),
+    ("panels.cuh", "count > 1 ? load4(from + 4) : 0", "load4(from + 4)"),
+    ("panels.cuh", "count > 2 ? load4(from + 8) : 0", "load4(from + 8)"),
+    ("panels.cuh", "count > 3 ? load4(from + 12) : 0", "load4(from + 12)"),
+    ("quantize.cuh", "at + 1 < COLS ? x[at + 1] : 0.0f", "x[at + 1]"),
+    ("quantize.cuh", "at + 1 < COLS ? __fmul_rn(weight, x[at + 1]) : 0.0f", "__fmul_rn(weight, x[at + 1])"),
+    ("segments.cuh", "if (r < count) word", "word"),
+    ("segments.cuh", "r < count ? load4(from + 4 * r) : 0", "load4(from + 4 * r)"),
+    ("segments.cuh", "WHOLE || 4 * place.lane + r < place.n ? 4 * place.lane + r : place.n - 1", "4 * place.lane + r"),
+    ("segments.cuh", "BLOCKS % 2 == 0 || wanted < BLOCKS ? wanted : BLOCKS - 1", "wanted"),
+    ("segments.cuh", "wanted_panel < panels ? wanted_panel : panels - 1", "wanted_panel"),
+    ("segments.cuh", "wanted < G::UNITS ? wanted : G::UNITS - 1", "wanted"),
+    ("segments.cuh", "part.rows - first_row < 16 ? part.rows - first_row : 16", "16"),
+    ("segments.cuh", "if (!is_wanted) return;", ""),
+    ("segments.cuh", "in_group < GROUP && wanted < G::UNITS;", "in_group < GROUP;"),
+    ("values.cuh", "wanted < rows ? wanted : rows - 1", "wanted"),
+    ("values.cuh", "is_whole && COLS % 4 == 0", "COLS % 4 == 0"),
+    ("values_mlp.cuh", "wanted < INTERMEDIATE ? wanted : INTERMEDIATE - 1", "wanted"),
+    ("values_mlp.cuh", "wanted < ROWS ? wanted : ROWS - 1", "wanted"),
 ]
 # Orders, roundings and operands.
 OPERATIONS = [
@@ -206,4 +243,8 @@ OPERATIONS = [
         "__fmaf_rn(values.of[j], weights.of[j], lanes.of[t][j])",
         "__fadd_rn(__fmul_rn(values.of[j], weights.of[j]), lanes.of[t][j])",
     ),
+]
+# Of no effect, and why.
+NO_FAULTS = [
+    ("linear.cuh", "which + 1 < p.num_matrices && ", "", "the grid ends with the last matrix"),
 ]

@@ -91,9 +91,9 @@ class Layer:
         values |= {"top_k": TOP_K, "max_rows": self.max_rows, "hidden": HIDDEN, "record_bytes": RECORD_BYTES}
         arrays = ("ids", "weights", "hits", "fetched", "fetches", "log", "notice", "normed", "host_normed")
         values |= {name: getattr(self, name).ctypes.data for name in arrays} | others
-        for name, *_ in params._fields_:
-            if name != "reserved":
-                setattr(params, name, values[name])
+        for name, value in values.items():
+            if hasattr(params, name):
+                setattr(params, name, value)
         self.library.launch(f"om_{kernel}", blocks, (threads,), params, seed=self.seed)
 
     def resolve(self) -> None:
