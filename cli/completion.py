@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from offload_moe.errors import ConfigError, OffloadMoeError
+from offload_moe.system.folders import make_folder
 from offload_moe.system.names import DEMO, all_names, choice
 from offload_moe.system.paths import user_path
 from offload_moe.system.settings import SETTINGS
@@ -80,7 +81,7 @@ def install(shell: str | None, environ: Mapping[str, str] | None = None) -> tupl
     if shell is None and name not in SCRIPTS:
         raise ConfigError(f"SHELL names no shell that can complete. Name it: --install-completion {'|'.join(SCRIPTS)}")
     path = _place(choice("shell", name, SCRIPTS), environ)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_whole(path, SCRIPTS[name].encode())
     return path, HINTS[name].format(path=path, folder=path.parent)
 

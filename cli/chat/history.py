@@ -8,6 +8,8 @@ from pathlib import Path
 
 from prompt_toolkit.history import History
 
+from offload_moe.system.folders import make_folder
+
 MAX_MESSAGES = 1000
 MAX_READ_BYTES = 4 << 20
 
@@ -28,7 +30,7 @@ class MessageHistory(History):
         """Append in one write, because the system does not interleave single writes of several processes."""
         line = json.dumps(string) + "\n"
         with suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._path.parent)
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
             file = os.open(self._path, flags, 0o600)
             try:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import offload_moe.native
 from offload_moe.card.nvrtc import Nvrtc
+from offload_moe.system.folders import delete_file, make_folder
 from offload_moe.system.paths import cache_dir
 from offload_moe.system.whole_files import write_whole
 
@@ -72,7 +73,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, image: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_whole(path, hashlib.sha256(image).digest() + image)
 
 
@@ -80,4 +81,4 @@ def _drop_oldest(folder: Path) -> None:
     """Keep the newest: other versions of the kernels or of NVRTC leave theirs behind."""
     files = sorted(folder.glob("*.cubin"), key=lambda file: file.stat().st_mtime, reverse=True)
     for file in files[MOST_KEPT:]:
-        file.unlink(missing_ok=True)
+        delete_file(file)

@@ -17,6 +17,7 @@ from offload_moe.checkpoint.header import MAX_HEADER_BYTES, HeaderCopy
 from offload_moe.checkpoint.hub import PARTIAL, HubFile, Repository, fetch, fetch_beginning, open_repository
 from offload_moe.checkpoint.weight_files import choose_weights, require, safe_path
 from offload_moe.errors import BudgetError, CheckpointError, StoreError, TransferError
+from offload_moe.system.folders import delete_file, make_folder
 from offload_moe.system.locks import try_lock
 from offload_moe.system.open_files import WRITING, open_descriptor, replace_file
 from offload_moe.system.paths import names_in
@@ -79,7 +80,7 @@ class Download:
         for name in names:
             path = safe_path(self.folder, name)
             if not path.exists():
-                path.parent.mkdir(exist_ok=True)
+                make_folder(path.parent)
                 fetch(self.repository, name, path, lambda done: None)
 
     def fetch_headers(self) -> None:
@@ -95,7 +96,7 @@ class Download:
             copy = self._header_path(path.name)
             if not copy.exists():
                 self._progress(f"Downloading headers, {path.name}")
-                copy.parent.mkdir(exist_ok=True)
+                make_folder(copy.parent)
                 data = self._beginning(path)
                 partial = copy.with_name(copy.name + PARTIAL)
                 partial.write_bytes(data)
@@ -125,7 +126,7 @@ class Download:
     def discard(self, path: Path) -> None:
         """Delete a shard; a later read would download it again."""
         assert path.parent == self.folder, "only what was downloaded here is deleted"
-        path.unlink(missing_ok=True)
+        delete_file(path)
 
     def remove(self) -> None:
         """Delete the folder of a finished conversion, except for foreign files."""
@@ -178,8 +179,8 @@ def _remove(folder: Path, names: Collection[str]) -> None:
             with suppress(OSError):  # not empty
                 path.rmdir()
         elif path.parent == folder / HEADERS or path.relative_to(folder).as_posix() in ours:
-            path.unlink()
-    (folder / NOTE_NAME).unlink()
+            delete_file(path)
+    delete_file(folder / NOTE_NAME)
     with suppress(OSError):
         folder.rmdir()
 
@@ -189,7 +190,7 @@ def _claim(folder: Path) -> int:
     if folder.exists() and not (folder / NOTE_NAME).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise StoreError(f"{folder} is there already and is no download of ours. Move it, or name another store.")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock = open_descriptor(folder / NOTE_NAME, WRITING)
     except OSError as error:
         raise TransferError(f"{folder} cannot be written: {error.strerror}.") from error

@@ -8,7 +8,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offload_moe.errors import CheckpointError, TransferError
+from offload_moe.errors import BudgetError, CheckpointError, TransferError
+from offload_moe.system.folders import delete_file
+from offload_moe.system.full_disk import full_disk_named, is_full
 from offload_moe.system.locks import NO_LOCKS
 from offload_moe.system.open_files import replace_file
 
@@ -53,7 +55,7 @@ class Repository:
 def hub_errors(doing: str, repo_id: str, revision: str | None, *, advice: str = "") -> Iterator[None]:
     """Translate the errors of the hub client. doing: the beginning of a sentence, such as "Downloading org/model".
 
-    Raises: TransferError.
+    Raises: TransferError; BudgetError where the disk of the hub's cache is full.
     """
     from httpx2 import HTTPError
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
@@ -69,9 +71,21 @@ def hub_errors(doing: str, repo_id: str, revision: str | None, *, advice: str = 
         raise TransferError(f"{repo_id} is not on the hub, or is private and needs a token.") from error
     except (OSError, HTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, OSError) and is_full(error):
+            raise full_cache(doing) from error
         if isinstance(error, OSError) and error.errno in NO_LOCKS:
             advice = "The hub's cache is on a disk without file locks: name a folder on another one with HF_HOME."
         raise TransferError(f"{doing} failed: {reason.rstrip('.')}. {advice}".rstrip()) from error
+
+
+def full_cache(doing: str) -> BudgetError:
+    """The error where the disk of the hub's own cache is full."""
+    from huggingface_hub import constants
+
+    return BudgetError(
+        f"{doing} failed: the disk of the hub's cache, {constants.HF_HUB_CACHE}, is full. Free some space, or name a "
+        "folder on another disk with HF_HOME, and run the same command again to resume."
+    )
 
 
 def open_repository(repo_id: str, *, revision: str | None, token: str | None) -> Repository:
@@ -128,18 +142,20 @@ def fetch(repository: Repository, name: str, target: Path, on_bytes: OnBytes) ->
     A commit never changes, so the part of an earlier attempt fits; a resumed file is nevertheless compared with the
     hub's hash.
 
-    Raises: TransferError; CheckpointError when a resumed file does not match the hub's hash.
+    Raises: TransferError; CheckpointError when a resumed file does not match the hub's hash; BudgetError for a
+        full disk.
     """
     from huggingface_hub.file_download import http_get
 
     file, partial = repository.files[name], target.with_name(target.name + PARTIAL)
     present = partial.stat().st_size if partial.exists() else 0
     if present > file.num_bytes:
-        partial.unlink()
+        delete_file(partial)
         present = 0
     advice = "Run the same command again to resume."
     with (
         hub_errors(f"Downloading {name} of {repository.repo_id}", repository.repo_id, repository.commit, advice=advice),
+        full_disk_named(target.parent, file.num_bytes - present, f"Free some space. {advice}"),
         partial.open("ab") as stream,
     ):
         http_get(
@@ -153,7 +169,7 @@ def fetch(repository: Repository, name: str, target: Path, on_bytes: OnBytes) ->
         stream.flush()
         os.fsync(stream.fileno())
     if present and file.sha256 is not None and _sha256(partial) != file.sha256:
-        partial.unlink()
+        delete_file(partial)
         raise CheckpointError(f"{target} was damaged while it was downloaded. Run the same command again.")
     replace_file(partial, target)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from offload_moe.errors import StoreError
 from offload_moe.store import durable
 from offload_moe.store.beside import COMPLETE, OF_MODULES, SETTINGS, STATE, are_inputs, remove_inputs
+from offload_moe.system.folders import make_folder
 from offload_moe.system.progress import Progress
 
 LAYER = "inputs-{:05}.safetensors"
@@ -81,7 +82,7 @@ class InputsFolder:
             if path.read_bytes() == settings:
                 return True
             self.remove()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         durable.write_file(path, settings)
         return False
 

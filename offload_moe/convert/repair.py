@@ -23,6 +23,7 @@ from offload_moe.store.manifest_json import read_manifest
 from offload_moe.store.plan import Blob, header_of
 from offload_moe.store.reading import forget_cached
 from offload_moe.store.writer import Payload
+from offload_moe.system.folders import make_folder
 from offload_moe.system.names import names_hub, split_gguf_name
 from offload_moe.system.open_files import WRITING, open_descriptor
 from offload_moe.system.paths import user_path
@@ -70,7 +71,7 @@ def restore_sizes(folder: Path) -> None:
         path = folder / file.name
         if not path.is_file() or path.stat().st_size != file.num_bytes:
             with durable.named_errors(folder):
-                path.parent.mkdir(exist_ok=True)
+                make_folder(path.parent)
                 descriptor = open_descriptor(path, WRITING)
                 try:
                     os.ftruncate(descriptor, file.num_bytes)

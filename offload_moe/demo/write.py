@@ -10,6 +10,8 @@ Shapes: H hidden, I intermediate, S shared, E experts, W neurons of one expert; 
 """
 
 import json
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,21 +20,26 @@ from torch import Tensor
 
 from offload_moe.demo.dense import DenseModel
 from offload_moe.demo.split import CORRECTED, Split
+from offload_moe.system.full_disk import ELSEWHERE, full_disk_named
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
 # A model this small repeats itself under greedy decoding.
 _SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
 
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
 
 def write_checkpoint(folder: Path, dense: DenseModel, split: Split, dtype: torch.dtype) -> None:
-    """Write config, tokenizer, generation config and weights into the existing `folder`."""
-    from safetensors.torch import save_file
+    """Write config, tokenizer, generation config and weights into the existing `folder`.
 
+    Raises: BudgetError for a full disk, another OSError.
+    """
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in moe_tensors(dense, split)}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_config(folder, dense, split, dtype)
-    _write_tokenizer(folder, dense)
+    with full_disk_named(folder, sum(tensor.nbytes for tensor in tensors.values()), ELSEWHERE):
+        _write_weights(folder / "model.safetensors", tensors)
+        _write_config(folder, dense, split, dtype)
+        _write_tokenizer(folder, dense)
 
 
 def moe_tensors(dense: DenseModel, split: Split) -> Iterator[tuple[str, Tensor]]:
@@ -69,6 +76,20 @@ def _moe_layer(dense: DenseModel, prefix: str, split: Split, layer: int) -> Iter
         yield f"{prefix}.{name}.gate_proj.weight", gate[neurons]
         yield f"{prefix}.{name}.up_proj.weight", up[neurons]
         yield f"{prefix}.{name}.down_proj.weight", down[:, neurons] * scale
+
+
+def _write_weights(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raises: OSError, of which the library gives only the number, in its text."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if (found := _OS_ERROR.search(str(error))) is None:
+            raise
+        code = int(found[1])  # on Windows another number than Python's, which is made of it
+        raise OSError(code, os.strerror(code), str(path), code) from error
 
 
 def _write_config(folder: Path, dense: DenseModel, split: Split, dtype: torch.dtype) -> None:

@@ -8,6 +8,7 @@ docs/decisions/030-policies.md has the table.
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from offload_moe.errors import ConfigError
 from offload_moe.residency.keys import ExpertKeys
+from offload_moe.system.whole_files import write_whole
 
 Array = NDArray[Any]
 
@@ -148,10 +150,11 @@ def load_trace(path: str | Path) -> Trace:
 
 
 def save_trace(trace: Trace, path: str | Path) -> None:
-    """Write a trace, compressed, to exactly this path."""
+    """Write a trace, compressed, to exactly this path: whole or not at all. Raises: OSError that names the file."""
     values = {name: np.asarray(value) for name in sorted(_NAMES) if (value := getattr(trace, name)) is not None}
-    with open(path, "wb") as file:  # for a name without the suffix numpy would append .npz
-        np.savez_compressed(file, allow_pickle=False, **values)
+    file = BytesIO()
+    np.savez_compressed(file, allow_pickle=False, **values)
+    write_whole(Path(path), file.getvalue())
 
 
 def _from_arrays(arrays: dict[str, Array]) -> Trace:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from offload_moe.checkpoint.download import is_download, remove_download
 from offload_moe.store import durable
+from offload_moe.system.folders import delete_file
 from offload_moe.system.names import DOWNLOAD, INPUTS
 from offload_moe.system.paths import names_in
 
@@ -47,7 +48,7 @@ def remove_inputs(folder: Path) -> None:
     with durable.named_errors(folder):
         for name in (COMPLETE, STATE, OF_MODULES, SETTINGS):
             for path in (*folder.glob(name + durable.PART), *folder.glob(name)):
-                path.unlink()
+                delete_file(path)
         if not any(folder.iterdir()):
             folder.rmdir()
 

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from offload_moe.errors import BudgetError, TransferError
-from offload_moe.system import windows
+from offload_moe.system.folders import delete_file, sync_folder
+from offload_moe.system.full_disk import is_full
 from offload_moe.system.open_files import WRITING, open_descriptor, replace_file
 
 PART = ".part"  # suffix of unfinished files
@@ -38,7 +39,7 @@ def sync(descriptor: int) -> None:
 def publish(part: Path, final: Path) -> None:
     """Rename a finished and synced file to its final name."""
     replace_file(part, final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -55,8 +56,8 @@ def write_file(path: Path, data: bytes) -> None:
 
 def remove(path: Path) -> None:
     """Delete a file, if it is there."""
-    path.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    delete_file(path)
+    sync_folder(path.parent)
 
 
 @contextmanager
@@ -65,20 +66,10 @@ def named_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise BudgetError(
                 f"The disk of {folder} is full. What is converted is kept: free some space and run the same command "
                 "again to resume."
             ) from error
         remedy = REMEDIES.get(error.errno or 0, "")
         raise TransferError(f"Writing to {folder} failed: {error.strerror}.{remedy}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    if windows.IS_WINDOWS:
-        return  # folders cannot be opened there, nor need to be: NTFS keeps a journal of names
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -20,6 +20,7 @@ from offload_moe.store.order import Order, reorder
 from offload_moe.store.store import Piece, Record, Store
 from offload_moe.store.view import read_view, write_view
 from offload_moe.store.windows import Window, window, window_starts
+from offload_moe.system.folders import make_folder
 from offload_moe.system.paths import MANIFEST_NAME
 
 GGUF = gguf.GGUF
@@ -138,7 +139,7 @@ def open_view(folder: Path) -> InPlaceStore:
 
 def make_view(paths: Sequence[Path], folder: Path, source: str) -> Path:
     """Write a folder that stands for these files, which stay where they are. Raises: CheckpointError."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_small_files(tuple(paths), folder)
     InPlaceStore(folder, source, paths)  # refuses before the manifest makes a store of the folder
     write_view(folder, source, paths)

@@ -20,6 +20,7 @@ from offload_moe.store.journal import JOURNAL_NAME, UPGRADE_LOCK, check_not_writ
 from offload_moe.store.manifest import DATA_FILE
 from offload_moe.store.manifest_json import read_manifest
 from offload_moe.store.resume import begun_with, resume_advice
+from offload_moe.system.folders import delete_file
 from offload_moe.system.locks import lock_file
 from offload_moe.system.names import DEMO, DEMOS, STORES, check_installed, resolve
 from offload_moe.system.paths import MANIFEST_NAME, cache_dir, file_advice
@@ -130,7 +131,7 @@ def remove(entry: Installed) -> None:
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
         else:
-            child.unlink()
+            delete_file(child)
     path.rmdir()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from offload_moe.errors import StoreError
 from offload_moe.native.files import read_fully
 from offload_moe.store import durable
+from offload_moe.system.folders import delete_file, make_folder
 from offload_moe.system.locks import no_locks, try_lock
 from offload_moe.system.open_files import open_descriptor
 from offload_moe.system.paths import MANIFEST_NAME
@@ -31,7 +32,7 @@ class Journal:
         first_line = json.dumps(settings, sort_keys=True).encode() + b"\n"
         check_target(folder)
         if not self._path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             durable.write_file(self._path, first_line)
         self._file = open_descriptor(self._path, os.O_RDWR)
         try:
@@ -61,7 +62,7 @@ class Journal:
 
     def remove(self) -> None:
         """Delete the journal of a finished conversion."""
-        self._path.unlink()
+        delete_file(self._path)
 
     def close(self) -> None:
         os.close(self._file)

@@ -22,6 +22,7 @@ from offload_moe.store.manifest import DataFile, DenseEntry, Manifest, Place
 from offload_moe.store.manifest_json import manifest_to_json
 from offload_moe.store.reading import read_checked
 from offload_moe.store.store import Piece, Store
+from offload_moe.system.folders import delete_file
 from offload_moe.system.locks import lock_file, no_locks
 from offload_moe.system.open_files import WRITING, open_descriptor
 from offload_moe.system.paths import MANIFEST_NAME
@@ -123,7 +124,7 @@ def _rewrite(store: Store, file: DataFile) -> Iterator[int]:
         durable.sync(descriptor)
     except BaseException:
         with suppress(OSError):
-            part.unlink()
+            delete_file(part)
         raise
     finally:
         os.close(descriptor)

@@ -18,6 +18,7 @@ from offload_moe.store.journal import Journal
 from offload_moe.store.manifest import DataFile, Place, StoredFile
 from offload_moe.store.plan import PlannedFile
 from offload_moe.store.reading import checksum_of
+from offload_moe.system.folders import make_folder
 from offload_moe.system.open_files import WRITING, open_descriptor
 from offload_moe.system.paths import MANIFEST_NAME
 from offload_moe.system.sizes import format_size
@@ -83,7 +84,7 @@ class StoreWriter:
         """
         with durable.named_errors(self._folder):
             for name, data in metadata.items():
-                (self._folder / name).parent.mkdir(exist_ok=True)
+                make_folder((self._folder / name).parent)
                 durable.write_file(self._folder / name, data)
             durable.write_file(self._folder / MANIFEST_NAME, manifest.encode())
             if clean_up is not None:

@@ -101,7 +101,7 @@ def replace_file(part: Path | str, final: Path) -> None:
     deadline = time.monotonic() + IN_THE_WAY_S
     while True:
         try:
-            os.replace(part, final)
+            os.replace(windows.name_of(part), windows.name_of(final))
         except PermissionError as error:
             if not windows.IS_WINDOWS:
                 raise

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from offload_moe.errors import ConfigError
+from offload_moe.system.folders import make_folder
 from offload_moe.system.names import DEMO, choice
 from offload_moe.system.paths import config_file, user_path
 from offload_moe.system.sizes import parse_port, parse_size, parse_tokens
@@ -155,5 +156,5 @@ def _replace(path: Path, text: str, expected: Mapping[str, str]) -> None:
         raise ConfigError(f"{path} is no file, so no default can be kept there. Name another with OFFLOAD_MOE_CONFIG.")
     if _read(text.encode(), path) != expected:
         raise ConfigError(f"{path} has a form that cannot be changed here. Edit it with an editor.")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     write_whole(path, text.encode())

@@ -4,7 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
-from offload_moe.system.open_files import replace_file
+from offload_moe.system.folders import delete_file
+from offload_moe.system.open_files import WRITING, open_descriptor, replace_file
 
 
 def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
@@ -26,8 +27,7 @@ def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
 def _replace(target: Path, data: bytes, mode: int) -> None:
     new = target.with_name(f".{target.name}.{os.getpid()}.new")
     is_new = not target.exists()
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(new, flags, mode if is_new else 0o600)
+    descriptor = open_descriptor(new, WRITING | os.O_TRUNC, mode if is_new else 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -37,5 +37,5 @@ def _replace(target: Path, data: bytes, mode: int) -> None:
             shutil.copymode(target, new)
         replace_file(new, target)
     except BaseException:
-        new.unlink(missing_ok=True)
+        delete_file(new)
         raise

@@ -34,8 +34,9 @@ def open_file(path: Path | str, flags: int, *, is_direct: bool = False) -> int:
     is_written = bool(flags & (os.O_RDWR | os.O_WRONLY))
     attributes = NORMAL | OVERLAPPED | NO_BUFFERING if is_direct else NORMAL
     access = GENERIC_READ | GENERIC_WRITE if is_written else GENERIC_READ
-    name = extended(os.path.abspath(path))
-    handle = kernel().CreateFileW(name, access, SHARE_READ_WRITE_DELETE, None, _disposition(flags), attributes, None)
+    handle = kernel().CreateFileW(
+        name_of(path), access, SHARE_READ_WRITE_DELETE, None, _disposition(flags), attributes, None
+    )
     if handle == INVALID_HANDLE:
         raise last_error(str(path))
     no_inherit: int = getattr(os, "O_NOINHERIT", 0)
@@ -64,6 +65,11 @@ def try_lock(descriptor: int, *, is_shared: bool) -> bool:
     if getattr(error, "winerror", 0) == LOCK_VIOLATION:
         return False
     raise error
+
+
+def name_of(path: Path | str) -> str:
+    """A path as the system's calls take it, which on Windows refuse a long one in its usual form."""
+    return extended(os.path.abspath(path)) if IS_WINDOWS else os.fspath(path)
 
 
 def extended(path: str) -> str:

@@ -5,11 +5,13 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from offload_moe.chat.transcript import write_transcript
 from offload_moe.convert.quantize import quantize
 from offload_moe.errors import OffloadMoeError, StoreError
+from offload_moe.profile.trace import Trace, save_trace
 from offload_moe.store.journal import JOURNAL_NAME
 from offload_moe.system.whole_files import write_whole
 from tests.fault.test_users_machines import content, largest_file
@@ -111,11 +113,16 @@ def write_text(path: Path) -> None:
     write_whole(path, LONG.encode())
 
 
-@pytest.mark.parametrize("write", [save_chat, write_text])
+def write_trace(path: Path) -> None:
+    experts = np.random.default_rng(0).permuted(np.tile(np.arange(200), (1000, 1)), axis=1).reshape(500, 2, 200)
+    save_trace(Trace(experts=experts[..., :100], num_experts=200, sequence_lengths=np.array([500])), path)
+
+
+@pytest.mark.parametrize("write", [save_chat, write_text, write_trace])
 def test_a_full_disk_leaves_the_old_file(write: Any, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with largest_file(4096), pytest.raises((OffloadMoeError, OSError)):
+    with largest_file(4096), pytest.raises((OffloadMoeError, OSError), match=str(path)):
         write(path)
     assert content(tmp_path) == {"file": b"old"}
     write(path)

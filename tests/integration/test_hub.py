@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+from offload_moe.checkpoint.hub import fetch, hub_errors, open_repository
 from offload_moe.convert.quantize import quantize
 from offload_moe.convert.repair import find_damage, repair
 from offload_moe.errors import BudgetError, CheckpointError, ConfigError, OffloadMoeError, StoreError, TransferError
@@ -94,6 +95,19 @@ def test_a_store_made_shard_by_shard_is_repaired_like_any_other(hub: Hub, checkp
     store = Store.open(tmp_path / "store")
     assert repair(store, find_damage(store), checkpoint) == []
     assert {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()} == before
+
+
+def test_a_download_onto_a_full_disk_says_how_much_it_needs(hub: Hub, shards: list[str], tmp_path: Path) -> None:
+    (folder := tmp_path / "download").mkdir()
+    (folder / f"{shards[0]}.partial").symlink_to("/dev/full")
+    repository = open_repository("org/tiny", revision=None, token=None)
+    with pytest.raises(
+        BudgetError, match=rf"{folder} is full: \d+ KiB are needed, .* free\. Free some space\. Run the"
+    ):
+        fetch(repository, shards[0], folder / shards[0], lambda done: None)
+    named = pytest.raises(BudgetError, match=r"Downloading org/tiny failed: the disk of the hub's cache, .*HF_HOME")
+    with named, hub_errors("Downloading org/tiny", "org/tiny", None, advice="Run it again."):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
 
 def test_a_resumed_conversion_does_not_need_the_deleted_shards(

