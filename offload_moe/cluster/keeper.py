@@ -5,16 +5,16 @@ import logging
 import time
 from contextlib import suppress
 from itertools import count
-from typing import Any
 
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from offload_moe.cluster.failures import Failures, first_line, named
 from offload_moe.cluster.replica import Job, Replica, Started
 from offload_moe.cluster.replicas import Replicas
 from offload_moe.cluster.slots import Slot, slots_of
-from offload_moe.errors import ConfigError, OffloadMoeError
+from offload_moe.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Keeper:
         self._numbers = count(1)
         self._holding: dict[Slot, asyncio.Task[None]] = {}
         self._fingerprint: str | None = None
-        self._failures: dict[Slot, OffloadMoeError] = {}
+        self._failures = Failures()
         self.first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def keep(self) -> None:
@@ -62,7 +62,7 @@ class Keeper:
     def _hold(self, slots: list[Slot]) -> None:
         for slot in self._holding.keys() - set(slots):
             self._holding.pop(slot).cancel()
-            self._failures.pop(slot, None)
+            self._failures.forget(slot)
         for slot in slots:
             if slot not in self._holding:
                 self._holding[slot] = asyncio.create_task(self._keep_one(slot))
@@ -73,7 +73,7 @@ class Keeper:
             began_at = time.monotonic()
             try:
                 await self._run(slot)
-            except (RayError, OffloadMoeError) as error:
+            except Exception as error:  # else this slot would end silently
                 self._note(slot, error)
             if time.monotonic() - began_at > STEADY_S:
                 wait_s = LEAST_WAIT_S
@@ -81,7 +81,7 @@ class Keeper:
             wait_s = min(2 * wait_s, MOST_WAIT_S)
 
     async def _run(self, slot: Slot) -> None:
-        """One replica, from its start to its end. Raises: RayError, OffloadMoeError."""
+        """One replica, from its start to its end. Raises: RayError, ConfigError."""
         name = f"{slot.address}-{next(self._numbers)}"
         actor = self._actor.options(
             num_cpus=slot.num_cpus,
@@ -109,14 +109,7 @@ class Keeper:
         self._replicas.add(name, started.url)
 
     def _note(self, slot: Slot, error: Exception) -> None:
-        cause: Any = getattr(error, "cause", error)
-        logger.warning("A replica at %s has ended: %s", slot.address, first_line(cause))
-        if isinstance(cause, OffloadMoeError) and not self.first.done():
-            self._failures[slot] = cause
-            if self._failures.keys() >= self._holding.keys():
-                self.first.set_exception(cause)
-
-
-def first_line(error: object) -> str:
-    """Ray's errors go on for many."""
-    return str(error).partition("\n")[0]
+        cause: BaseException = getattr(error, "cause", None) or error  # of a task, whose own error it was
+        logger.warning("A replica at %s has ended: %s", slot.address, named(cause))
+        if not self.first.done() and (final := self._failures.note(slot, cause, self._holding.keys())) is not None:
+            self.first.set_exception(final)

@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import ray
 
+from offload_moe.cluster.failures import first_line
 from offload_moe.cluster.ingress import Ingress
-from offload_moe.cluster.keeper import Keeper, first_line
+from offload_moe.cluster.keeper import Keeper
 from offload_moe.cluster.replica import Job
 from offload_moe.cluster.replicas import CONNECT_S, Replicas
 from offload_moe.errors import ConfigError

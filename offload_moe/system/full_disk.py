@@ -14,13 +14,16 @@ ELSEWHERE = "Free some space, or name a folder on another disk with OFFLOAD_MOE_
 
 
 def is_full(error: OSError) -> bool:
-    """Also where the quota is used up."""
+    """Whether it is of a full disk, or of a quota that is used up."""
     return error.errno in FULL
 
 
 @contextmanager
 def full_disk_named(folder: Path, num_bytes: int, advice: str) -> Iterator[None]:
-    """num_bytes: written inside, into a folder that exists. Raises: BudgetError in place of a full disk's OSError."""
+    """Translate a full disk's error. num_bytes: written inside, into a folder that exists.
+
+    Raises: BudgetError.
+    """
     free = shutil.disk_usage(folder).free
     try:
         yield
