@@ -1,13 +1,17 @@
-"""How a command ends: by SIGTERM and SIGHUP as by Ctrl-C, so that the terminal gets its echo back and no scratch files
-stay; and beside a load that goes on."""
+"""How a command ends: by SIGTERM and SIGHUP, on Windows by a console that is closed, as by Ctrl-C, so that the terminal
+gets its echo back and no scratch files stay; and beside a load that goes on."""
 
+import _thread
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+from offload_moe.system import windows
+
+WINDOWS_BREAK = "SIGBREAK"  # of Ctrl-Break, and of a console that is closed
+ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", WINDOWS_BREAK) if hasattr(signal, name)]
 LOADING = "offload-moe-load"  # the name of a thread that loads a model
 
 
@@ -26,6 +30,8 @@ def ended_by_signals() -> Iterator[None]:
     taken = [each for each in ENDING if signal.getsignal(each) is signal.SIG_DFL] if _is_main() else []
     for number in taken:
         signal.signal(number, _end)
+    if windows.IS_WINDOWS:
+        windows.on_closed_console(_break_main)
     try:
         yield
     finally:
@@ -45,6 +51,15 @@ def end_beside_load(status: int) -> int:
 
 def _is_main() -> bool:
     return threading.current_thread() is threading.main_thread()
+
+
+def _break_main() -> bool:
+    """Raise SIGBREAK in the main thread. Returns whether something there ends by it."""
+    number: signal.Signals = getattr(signal, WINDOWS_BREAK)
+    if not callable(signal.getsignal(number)):
+        return False
+    _thread.interrupt_main(number)
+    return True
 
 
 def _end(number: int, frame: object) -> None:

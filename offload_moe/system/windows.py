@@ -6,6 +6,8 @@ A file that `os.open` opened cannot be deleted meanwhile, and its locks keep oth
 import os
 import struct
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ INVALID_HANDLE = (1 << 64) - 1
 LOCK_AT_ONCE, LOCK_EXCLUSIVE = 1, 2
 LOCKED_OFFSET = 1 << 30  # times 4 GiB: a lock keeps others from reading what it covers, so it lies behind every file
 LOCK_VIOLATION = 33
+CLOSING, CLOSING_S = (2, 5, 6), 30.0  # console closed, logged off, shut down; longer than Windows waits
 MOST_LETTERS = 248  # of a path, unless it is written in the extended form
+
+_handlers: list[Any] = []
 
 
 def open_file(path: Path | str, flags: int, *, is_direct: bool = False) -> int:
@@ -65,6 +70,24 @@ def try_lock(descriptor: int, *, is_shared: bool) -> bool:
     if getattr(error, "winerror", 0) == LOCK_VIOLATION:
         return False
     raise error
+
+
+def on_closed_console(act: Callable[[], bool]) -> None:
+    """Call `act` in a thread when the console is closed or the user logs off. It returns whether the process then ends.
+
+    Windows kills a process as soon as its handler has returned, or after some seconds: so this one waits.
+    """
+    import ctypes
+
+    def handle(event: int) -> int:
+        if event not in CLOSING or not act():
+            return 0
+        time.sleep(CLOSING_S)
+        return 1
+
+    handler = ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_uint32)(handle)  # type: ignore[attr-defined]
+    if kernel().SetConsoleCtrlHandler(handler, 1):
+        _handlers[:] = [handler]  # must outlive the call
 
 
 def name_of(path: Path | str) -> str:

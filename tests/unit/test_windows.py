@@ -2,11 +2,15 @@
 
 import ctypes
 import errno
+import importlib.util
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
+import threading
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,10 +70,15 @@ class Kernel:
         self.error = error
         self.opened: list[tuple[Any, ...]] = []
         self.locked: list[tuple[Any, ...]] = []
+        self.handlers: list[Any] = []
 
     def CreateFileW(self, *arguments: Any) -> int | None:  # noqa: N802
         self.opened.append(arguments)
         return windows.INVALID_HANDLE if self.error else 72
+
+    def SetConsoleCtrlHandler(self, handler: Any, is_added: int) -> int:  # noqa: N802
+        self.handlers.append(handler)
+        return is_added
 
     def LockFileEx(self, *arguments: Any) -> int:  # noqa: N802
         self.locked.append(arguments)
@@ -130,6 +139,32 @@ def test_flags_mean_what_they_mean_elsewhere(kernel: Kernel, flags: int, disposi
 )
 def test_long_paths_are_written_in_their_own_form(path: str, expected: str) -> None:
     assert windows.extended(path) == expected
+
+
+def test_a_console_that_is_closed_ends_a_command_in_order(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGUSR1 stands for SIGBREAK."""
+    waited: list[float] = []
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
+    monkeypatch.setattr(ctypes, "WINFUNCTYPE", lambda *_: lambda function: function, raising=False)
+    monkeypatch.setattr(windows, "time", SimpleNamespace(sleep=waited.append))
+    spec = importlib.util.spec_from_file_location("ending_on_windows", ROOT / "cli" / "ending.py")
+    assert spec is not None
+    assert spec.loader is not None
+    ending = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ending)
+    ended: list[int] = []
+    close, control_c = 2, 0
+    with pytest.raises(ending.EndedBySignal, match=str(int(signal.SIGUSR1))), ending.ended_by_signals():
+        (handler,) = kernel.handlers
+        assert handler(control_c) == 0
+        thread = threading.Thread(target=lambda: ended.append(handler(close)))
+        thread.start()
+        for _ in range(1000):  # what the command does
+            time.sleep(0.005)
+    thread.join()
+    assert ended == [1]
+    assert waited == [windows.CLOSING_S]
+    assert handler(close) == 0, "nothing is left to end"
 
 
 def test_long_paths_reach_every_call_in_their_own_form(monkeypatch: pytest.MonkeyPatch) -> None:
