@@ -87,6 +87,7 @@ def run(options: argparse.Namespace) -> int:
             revision=options.revision,
             draft_bytes=None if options.draft is None else find_draft(options.draft).num_bytes,
             device_pass=options.device_pass != "off",
+            names_card=options.gpu is not None or bool(options.vram),
         )
     if notice := _notice_of_another_machine(options):
         print(notice, file=sys.stderr)

@@ -6,13 +6,11 @@ import torch
 
 from offload_moe.card.build import install
 from offload_moe.card.device import CardDevice
-from offload_moe.card.linears import has_kernel, why_no_experts
 from offload_moe.card.passes import CardPass
 from offload_moe.decode import FastPath
 from offload_moe.decode.report import LayerPath
 from offload_moe.engine.build import Engine
 from offload_moe.errors import BudgetError, DevicePassUnavailable, TransferError
-from offload_moe.quant.gguf import parse_gguf
 from offload_moe.store import Store
 from offload_moe.system.progress import Progress
 
@@ -42,18 +40,6 @@ class DevicePass:
             used = f"cuda:{self.card.number} ({self.card.name})"
             found.append(f"This machine has {self.card.num_cards} cards; {used} is used. --device chooses another.")
         return found
-
-
-def why_no_types(store: Store) -> str:
-    """Which of a GGUF file's types has no kernel on a card; empty where all have."""
-    for layer in store.layers:
-        if reason := why_no_experts(layer.codec or "", has_gate=layer.shape.has_gate):
-            return reason
-    for entry in store.dense.values():
-        codec = parse_gguf(entry.codec or "") if entry.quantized is not None else None
-        if codec is not None and not has_kernel(codec.kinds[0].name, is_table=entry.is_lookup):
-            return f"{entry.name} in {codec.kinds[0].name}"
-    return ""
 
 
 def open_device_pass(device: torch.device, *, why_off: str) -> DevicePass:

@@ -18,7 +18,7 @@ from offload_moe.convert.sources import ensure_store
 from offload_moe.decode import make_fast, make_room, why_no_rows
 from offload_moe.engine.assemble import skeleton_of
 from offload_moe.engine.build import Blueprint, Engine, build, closed_on_error, pools_of
-from offload_moe.engine.device_pass import DevicePass, install_device_pass, open_device_pass, report_of, why_no_types
+from offload_moe.engine.device_pass import DevicePass, install_device_pass, open_device_pass, report_of
 from offload_moe.engine.draft import DraftFiles, find_draft, load_draft
 from offload_moe.engine.model import Model
 from offload_moe.engine.mtp import find_module, place_mtp
@@ -37,7 +37,7 @@ from offload_moe.plan.machine import compute_dtype
 from offload_moe.plan.parameters import ModelShape, describe_skeleton
 from offload_moe.plan.placement import Placement, Settings, why_no_device_pass
 from offload_moe.plan.room import ContextRoom, may_borrow
-from offload_moe.quant import is_built_in
+from offload_moe.plan.stored import why_on_the_cpu
 from offload_moe.residency.popularity import warm_start
 from offload_moe.speculate.choice import Choice
 from offload_moe.speculate.draft import DraftSource
@@ -50,7 +50,6 @@ from offload_moe.system.lifecycle import has_loaded
 from offload_moe.system.names import DEMO
 from offload_moe.system.progress import Progress, silent
 
-NF4_STORE = "`offload-moe quantize MODEL STORE --codec nf4` makes a store that uses a card."
 UNLESS_NAMED = "GGUF files are computed on the CPU unless a device is named: --device cuda."
 
 
@@ -120,23 +119,13 @@ def _options(options: LoadOptions | None, keywords: LoadKeywords) -> LoadOptions
 
 def _device_for(store: Store, options: LoadOptions) -> torch.device:
     """Where the model is computed. Raises: ConfigError for a device that has no kernels for the store's types."""
-    if (why := _why_on_the_cpu(store)) is not None:
+    if (why := why_on_the_cpu(store)) is not None:
         if options.device not in (None, "cpu"):
             raise ConfigError(f"{why} Leave --device {options.device} out to use the CPU.")
         return compute_device("cpu")
     if store.codec == GGUF and options.device is None:
         return compute_device("cpu")
     return compute_device("cpu" if options.vram_bytes == 0 and options.device is None else options.device)
-
-
-def _why_on_the_cpu(store: Store) -> str | None:
-    """Why a card cannot compute a store's experts; None where it can."""
-    if store.codec == GGUF:
-        missing = why_no_types(store)
-        return f"No card computes {missing}: {NF4_STORE}" if missing else None
-    if not is_built_in(store.codec):
-        return f"The codec {store.codec} of an extension is computed on the CPU: {NF4_STORE}"
-    return None
 
 
 def _open_store(source: str | Path, options: LoadOptions, progress: Progress) -> tuple[Store, list[str]]:
@@ -307,7 +296,7 @@ def _make_room(planned: Planned, engine: Engine) -> ContextRoom:
 def _notices_of_machine(store: Store, options: LoadOptions, device: torch.device) -> list[str]:
     notices = notices_of_budget(device, vram=options.vram_bytes, ram=options.ram_bytes)
     if device.type == "cpu" and options.device is None and options.vram_bytes != 0:
-        why = _why_on_the_cpu(store) or (UNLESS_NAMED if store.codec == GGUF else None)
+        why = why_on_the_cpu(store) or (UNLESS_NAMED if store.codec == GGUF else None)
         notices += [notice] if (notice := notice_of_unused_card(why=why)) else []
     return notices
 

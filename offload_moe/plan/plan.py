@@ -24,7 +24,7 @@ from offload_moe.plan.sizes import (
 )
 from offload_moe.plan.source import PlannedSource, open_source
 from offload_moe.plan.speed import Speed
-from offload_moe.plan.stored import as_stored
+from offload_moe.plan.stored import as_stored, why_on_the_cpu
 from offload_moe.quant import get_codec, is_built_in
 from offload_moe.store import Store
 from offload_moe.store.in_place import GGUF
@@ -72,21 +72,26 @@ def make_plan(
     token: str | None = None,
     draft_bytes: Callable[[int], int] | None = None,
     device_pass: bool = True,
+    names_card: bool = False,
 ) -> Plan:
     """Plan a store, a checkpoint folder, a config file or a hub id. Only a hub id's config is downloaded.
 
     context: tokens; None takes as many as fit, at most 8,192 and the model's maximum. draft_bytes, device_pass: see
-    `Settings`.
+    `Settings`. names_card: the card computes a GGUF file, too, as with `--device cuda`.
 
     Raises:
-        ConfigError: a codec or the context is not usable, or contradicts the store.
+        ConfigError: a codec or the context is not usable, or contradicts the store; a card has no kernels for a file.
         CheckpointError, UnsupportedModelError, TransferError: the model cannot be read; see `open_source`.
     """
     source = open_source(model, revision=revision, token=token)
     if source.store is not None:
         _agreed("--codec", codec, GGUF)
         _agreed("--dense-codec", dense_codec, GGUF)
-        return _plan_of_types(source, source.store, replace(machine, vram_bytes=0), context)
+        if not names_card:
+            machine = replace(machine, vram_bytes=0)
+        elif machine.has_device and (why := why_on_the_cpu(source.store)) is not None:
+            raise ConfigError(f"{why} Leave --gpu and --vram out to plan for the CPU.")
+        return _plan_of_types(source, source.store, machine, context, device_pass)
     suitable = expert_codecs(source.config)
     if codec is not None and not is_built_in(codec):
         suitable += (codec,)
@@ -108,20 +113,22 @@ def make_plan(
         draft_bytes=draft_bytes,
         device_pass=device_pass,
     )
-    if not machine.has_device or not why_no_device_pass(shape, machine, settings):
-        shape = replace(shape, attention=with_earlier_states(shape.attention, MAX_ROWS))
     return _plan(source, shape, machine, settings)
 
 
-def _plan_of_types(source: PlannedSource, store: Store, machine: Machine, context: int | None) -> Plan:
-    """The plan of a store in the types of a GGUF file, which the CPU computes."""
+def _plan_of_types(
+    source: PlannedSource, store: Store, machine: Machine, context: int | None, device_pass: bool
+) -> Plan:
+    """The plan of a store in the types of a GGUF file."""
     shape = describe_model(source.config, dense_names=source.dense_names)
     check_context(context, shape)
-    settings = Settings(codec=GGUF, context=context, stored_dense_codec=GGUF)
+    settings = Settings(codec=GGUF, context=context, stored_dense_codec=GGUF, device_pass=device_pass)
     return _plan(source, as_stored(shape, store), machine, settings)
 
 
 def _plan(source: PlannedSource, shape: ModelShape, machine: Machine, settings: Settings) -> Plan:
+    if not machine.has_device or not why_no_device_pass(shape, machine, settings):
+        shape = replace(shape, attention=with_earlier_states(shape.attention, MAX_ROWS))
     estimate = checkpoint_estimate(shape, source.config)
     checkpoint_bytes = source.checkpoint_bytes if source.checkpoint_bytes is not None else estimate
     task = Task(

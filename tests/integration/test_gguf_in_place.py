@@ -382,3 +382,18 @@ def test_a_plan(tmp_path: Path) -> None:
     assert plan.placement.ram.slot_bytes == Store.open(ensure_view(path, str(path))).layers[0].record_bytes
     with load(path) as model:
         assert model.placement.ram.slot_bytes == plan.placement.ram.slot_bytes
+
+
+def test_a_plan_for_a_card(tmp_path: Path) -> None:
+    """The CPU computes a file unless a card is named, which then takes the device pass, or lacks a kernel by name."""
+    kinds = {"token_embd": "Q8_0"}
+    path, other = (write_model(tmp_path / kind, "qwen3_moe", kind, kinds).path for kind in ("Q4_K", "Q5_0"))
+    machine = Machine(vram_bytes=4 << 30, ram_bytes=4 << 30)
+    assert make_plan(path, machine).placement.vram is None
+    plan = make_plan(path, machine, names_card=True)
+    assert plan.placement.vram is not None
+    assert plan.placement.vram.slot_bytes == plan.placement.ram.slot_bytes
+    assert plan.why_no_device_pass == ""
+    with pytest.raises(ConfigError, match=r"^No card computes experts in .*Q5_0.* Leave --gpu and --vram out"):
+        make_plan(other, machine, names_card=True)
+    assert make_plan(other, machine).fits
