@@ -152,7 +152,7 @@ def test_sections_of_long_contexts_are_divided_among_many_threads(kernel: tuple[
     made = make(torch.bfloat16) if make is latent else make(kv_heads, torch.bfloat16)
     for which in ([0] * 8, [0, 0, 1, 0, 0, 2, 2, 2]):
         x, expected = numbers(len(which), HIDDEN, seed=5), None
-        for num_threads in (1, 2, 3, 4, 7, 8, 16, 17, 32):
+        for num_threads in (1, 2, 3, 8, 17, 32):
             kernels.set_threads(num_threads)
             at_once = 1 if expected is None else len(which)
             found = Sequences(made, kv_heads, lengths=(2043, 700, 5)).attend(x, which, at_once)
