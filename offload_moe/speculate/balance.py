@@ -5,7 +5,8 @@ from disk, must not count for hundreds of later ones.
 """
 
 MOST_LOST = 0.015  # of all passes so far
-CREDIT = 1.0  # so many may be lost before anything was won, and what was won covers no more than this
+CREDIT = 1.0  # so many may be lost before anything was won
+MOST_WON = 2.0  # that cover later losses: about a pass of eight rows of which one counts
 
 
 class Balance:
@@ -18,8 +19,9 @@ class Balance:
     def note(self, num_tokens: float, spent: float) -> None:
         """A pass gave so many tokens, and took as long as `spent` usual ones, which give a token each."""
         self._spent += spent
-        self._won = min(self._won + num_tokens - spent, CREDIT)
+        self._won = min(self._won + num_tokens - spent, MOST_WON)
 
     @property
-    def is_overdrawn(self) -> bool:
-        return self._won < -MOST_LOST * self._spent - CREDIT
+    def left(self) -> float:
+        """Usual passes that may still be lost; negative where too many were."""
+        return self._won + MOST_LOST * self._spent + CREDIT

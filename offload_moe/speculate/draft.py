@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from offload_moe.families.cache_name import with_cache
 from offload_moe.families.text_model import TextModel
+from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.speculate.guess import Guess, num_alike
 from offload_moe.system.stopping import leave_if_stopped
 
@@ -69,25 +70,40 @@ class DraftSource:
         if len(ids) > 1 and end <= len(self._ids):
             self._compute(min(end, len(self._ids) - 1))
 
+    @property
+    def num_behind(self) -> int:
+        """See `StateSource`."""
+        number = len(self._ids) - len(self._drafted.ids)
+        return number if number > MAX_ROWS else 0
+
+    def catch_up(self) -> None:
+        """See `StateSource`."""
+        if len(self._ids) - self._keep() > MAX_ROWS:
+            self._compute(len(self._ids) - 1)
+
     def guess(self, most: int) -> Guess:
-        self._compute(len(self._ids) - 1)
-        tokens = self._ids[-1:]
+        self.catch_up()
+        tokens, guessed = self._ids[self._keep() :], list[int]()
         for _ in range(most):
-            logits = self._pass(tokens[-1:])
-            tokens.append(int(logits[: self._vocabulary].argmax()))
-        return Guess(tuple(tokens[1:]))
+            logits = self._pass(tokens)
+            guessed.append(int(logits[: self._vocabulary].argmax()))
+            tokens = guessed[-1:]
+        return Guess(tuple(guessed))
 
     def _new(self) -> Drafted:
         return Drafted(DynamicCache(config=self._hf.config.get_text_config(decoder=True)))
 
     def _compute(self, end: int) -> None:
         """The cache holds the first so many tokens of the sequence from now on."""
-        drafted = self._drafted
-        kept = num_alike(drafted.ids, self._ids[:end])
-        drafted.crop(kept)
-        for first in range(kept, end, CHUNK):
+        for first in range(self._keep(end), end, CHUNK):
             leave_if_stopped()
             self._pass(self._ids[first : min(first + CHUNK, end)])
+
+    def _keep(self, end: int = -1) -> int:
+        """Drop what did not come, and what is beyond a place, the last token if none is given. How much is left."""
+        kept = num_alike(self._drafted.ids, self._ids[:end])
+        self._drafted.crop(kept)
+        return kept
 
     def _pass(self, tokens: Sequence[int]) -> Tensor:
         """The logits ``[V]`` behind these tokens."""

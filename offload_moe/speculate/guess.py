@@ -54,6 +54,15 @@ class StateSource(Source, Protocol):
     def passing(self, first: int, ids: Sequence[int]) -> AbstractContextManager[None]:
         """Around the pass of tokens that stand from token `first` of the sequence on. The last may be guesses."""
 
+    @property
+    def num_behind(self) -> int:
+        """About how many tokens came meanwhile, where they are more than a guess takes along."""
+
+    def catch_up(self) -> None:
+        """Before `guess`: compute these. It depends on how long there were no guesses, and not on how many are made, so
+        its time is no cost of a guess.
+        """
+
 
 def num_alike(left: Sequence[int], right: Sequence[int]) -> int:
     """Tokens in which two sequences begin alike."""

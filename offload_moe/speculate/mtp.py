@@ -136,6 +136,14 @@ class MtpSource:
         if kept:
             self._wait(first, ids, kept[-1])
 
+    @property
+    def num_behind(self) -> int:
+        """See `StateSource`. No more states wait than the first guess takes along."""
+        return 0
+
+    def catch_up(self) -> None:
+        """See `StateSource`."""
+
     def guess(self, most: int) -> Guess:
         state = self._catch_up()
         if state is None:

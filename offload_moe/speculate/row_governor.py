@@ -38,7 +38,7 @@ class RowGovernor:
 
     @property
     def _may_share(self) -> bool:
-        return not (self.is_measuring or self._balance.is_overdrawn)
+        return not (self.is_measuring or self._balance.left < 0)
 
     def rate(self, num_rows: int) -> float:
         """Tokens per time of a plain pass."""

@@ -68,7 +68,7 @@ class Speculator:
         self._used = self._ways[0]  # for the last guesses
         self._of_states = [each for each in (source, *beside) if isinstance(each, StateSource)]
         self._compared: list[_Compared] = []
-        self._making_s = 0.0
+        self._making_s = 0.0  # of the last guesses, with the time of catching up
 
     def begin(self, ids: Sequence[int], cache: Cache | None = None) -> None:
         """The prompt of an answer, before its first pass. cache: that the model computes it with."""
@@ -112,10 +112,7 @@ class Speculator:
         self._used = way
         if way.source.is_free:
             return way.guess.tokens[:number]
-        began = time.perf_counter()
-        guess = way.source.guess(number)
-        self._making_s = time.perf_counter() - began
-        way.governor.note_making(len(guess.tokens), self._making_s)
+        guess = self._make(way, number)
         self._compare(way, guess)
         return guess.tokens
 
@@ -151,7 +148,21 @@ class Speculator:
     def _choose(way: _Way, most: int) -> int:
         if way.source.is_free:
             return way.governor.choose(way.guess.kind, min(most, len(way.guess.tokens)))
-        return way.governor.choose(0, most)
+        return way.governor.choose(0, most, way.source.num_behind if isinstance(way.source, StateSource) else 0)
+
+    def _make(self, way: _Way, number: int) -> Guess:
+        began = time.perf_counter()
+        num_behind = 0
+        if isinstance(way.source, StateSource):
+            num_behind = way.source.num_behind
+            way.source.catch_up()
+        caught_up = time.perf_counter()
+        guess = way.source.guess(number)
+        ended = time.perf_counter()
+        way.governor.note_catching_up(num_behind, caught_up - began)
+        way.governor.note_making(len(guess.tokens), ended - caught_up)
+        self._making_s = ended - began
+        return guess
 
     def _compare(self, way: _Way, guess: Guess) -> None:
         if guess.tokens:

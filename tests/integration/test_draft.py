@@ -38,7 +38,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def every_guess(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Governor, "choose", lambda self, kind, most: most)
+    monkeypatch.setattr(Governor, "choose", lambda self, kind, most, num_behind=0: most)
 
 
 def loaded_draft(folder: Path) -> Any:
@@ -103,7 +103,29 @@ def test_a_prompt_is_drafted_along_with_the_models_passes_and_kept_with_its_cach
     second.attach(copy.deepcopy(cache))
     second.begin([*PROMPT, 90, 91])
     assert list(second.guess(1).tokens) == greedy(hf, [*PROMPT, 90, 91], 1)
-    assert sizes[:2] == [1, 1]
+    assert sizes[0] == 2
+
+
+@torch.inference_mode()
+def test_a_draft_catches_up_apart_from_its_guesses() -> None:
+    """Up to eight tokens the first guess takes along."""
+    hf, drafting, sizes = chat_model(), chat_model(), list[int]()
+    source = DraftSource(drafting, 264)
+    source.begin(PROMPT)
+    source.guess(1)
+    drafting.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[1]))
+    for number, caught_up, expected in ((8, [], [8, 1]), (12, [11], [1, 1]), (40, [39], [1, 1])):
+        for _ in range(number):
+            source.take(77)
+        assert (source.num_behind > 8) == bool(caught_up)
+        source.catch_up()
+        assert sizes == caught_up
+        assert source.num_behind == 0
+        source.guess(2)
+        assert sizes == caught_up + expected
+        sizes.clear()
+    ids = [*PROMPT, *[77] * 60]
+    assert list(source.guess(3).tokens) == greedy(hf, ids, 3)
 
 
 @torch.inference_mode()

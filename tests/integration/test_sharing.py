@@ -410,7 +410,7 @@ def test_answers_with_good_guesses_go_alone(model: Model, passes: list[int], mon
     """The others share; which of them does what changes no token."""
     alone = [Alone(model, number) for number in range(3)]
     monkeypatch.setattr(Governor, "rate", lambda self, kind, most: 99.0 if most else 1.0)
-    monkeypatch.setattr(Governor, "choose", lambda self, kind, most: most)
+    monkeypatch.setattr(Governor, "choose", lambda self, kind, most, num_behind=0: most)
     speculators = [speculation_of(model.hf).conversation("ngram"), None, None]
     passes.clear()
     answers = [Answer(model, number, speculator=each) for number, each in enumerate(speculators)]

@@ -343,7 +343,7 @@ def test_recording_pauses_guesses(model: Model) -> None:
 
 
 def test_a_hook_of_the_users_sees_a_token_at_a_time(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Governor, "choose", lambda self, kind, most: most)
+    monkeypatch.setattr(Governor, "choose", lambda self, kind, most, num_behind=0: most)
     speculator = speculation_of(model.hf).conversation("ngram")
     assert speculator is not None
     speculator.begin([5, 6, 7] * 3)

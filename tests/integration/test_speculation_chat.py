@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
 @pytest.fixture
 def every_guess(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every guess is computed, whether it pays or not."""
-    monkeypatch.setattr(Governor, "choose", lambda self, kind, most: most)
+    monkeypatch.setattr(Governor, "choose", lambda self, kind, most, num_behind=0: most)
 
 
 def say(session: ChatSession, text: str, num_pieces: int | None = None, **settings: Any) -> str:
