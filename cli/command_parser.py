@@ -8,7 +8,7 @@ from typing import Any
 class CommandParser(argparse.ArgumentParser):
     """A parser that accepts an optional PROMPT also after flags, where argparse may already have set it to none.
 
-    And `--speculate draft MODEL`, whose second word is the value of `--draft`.
+    And `--speculate draft MODEL` or `--speculate=draft MODEL`, whose last word is the value of `--draft`.
     """
 
     def parse_known_args(  # type: ignore[override]
@@ -26,7 +26,8 @@ class CommandParser(argparse.ArgumentParser):
 
 def _with_draft_flag(words: Sequence[str]) -> list[str]:
     found = list(words)
-    for at in range(len(found) - 2):
-        if found[at : at + 2] == ["--speculate", "draft"] and not found[at + 2].startswith("-"):
-            return [*found[: at + 2], "--draft", *found[at + 2 :]]
+    for at in range(1, len(found)):
+        is_draft = found[at - 1] == "--speculate=draft" or found[max(at - 2, 0) : at] == ["--speculate", "draft"]
+        if is_draft and not found[at].startswith("-"):
+            return [*found[:at], "--draft", *found[at:]]
     return found

@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     with reporter() as report:
         report("Loading libraries")
         from offload_moe.convert.sources import find_source
-        from offload_moe.engine.draft import find_draft
+        from offload_moe.engine.draft import draft_to_plan
         from offload_moe.plan import make_plan, plan_to_json
 
         report(f"Planning {options.model}")
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
             codec=options.codec,
             dense_codec=options.dense_codec,
             revision=options.revision,
-            draft_bytes=None if options.draft is None else find_draft(options.draft).num_bytes,
+            draft_bytes=None if options.draft is None else draft_to_plan(options.draft).num_bytes,
             device_pass=options.device_pass != "off",
             names_card=options.gpu is not None or bool(options.vram),
         )

@@ -135,8 +135,7 @@ class GuessedRows:
     def _guess(self, most: int) -> Sequence[int]:
         if self._speculator is None or most < 1 or (self._member is not None and self._sharing.is_measuring):
             return ()
-        guesses = self._speculator.guess(most)
-        return guesses if guesses and takes_rows(self._hf, self._cache, self._num_new + len(guesses)) else ()
+        return self._speculator.guess(most, lambda number: takes_rows(self._hf, self._cache, self._num_new + number))
 
     def _drop(self, num_tokens: int) -> None:
         """Take the last tokens out of the cache; the guesses are done with."""

@@ -17,10 +17,11 @@ from offload_moe.decode import make_fast
 from offload_moe.decode.dense import QuantLinear, quantize_linear
 from offload_moe.errors import CheckpointError, ConfigError
 from offload_moe.families.text_model import TextModel
+from offload_moe.plan.hub import fetch_config
 from offload_moe.quant import get_codec
 from offload_moe.quant.layout import weight_shape
 from offload_moe.store import is_store
-from offload_moe.system.names import resolve
+from offload_moe.system.names import check_source, hub_name, resolve
 
 CODEC = "int8"
 KEPT = torch.bfloat16  # keys and values
@@ -54,10 +55,21 @@ def find_draft(name: str | Path, *, token: str | None = None) -> DraftFiles:
         CheckpointError, UnsupportedModelError, TransferError: it cannot be read.
         ConfigError: tokens cannot be taken back out of its state, or it is a store.
     """
-    path = resolve(name)
-    if is_store(path):
+    if is_store(resolve(name)):
         raise ConfigError(f"{name} is a store. A draft model is read from a checkpoint: give its folder or its hub id.")
-    folder = resolve_source(name, token=token).folder
+    return _files_of(name, resolve_source(name, token=token).folder)
+
+
+def draft_to_plan(name: str | Path) -> DraftFiles:
+    """As `find_draft`, without weights: of a hub id only the config is downloaded."""
+    repository, revision = hub_name(name)
+    if resolve(repository).exists():
+        return find_draft(name)
+    check_source(repository)
+    return _files_of(name, fetch_config(str(repository), revision=revision, token=None).folder)
+
+
+def _files_of(name: str | Path, folder: Path) -> DraftFiles:
     skeleton = build_skeleton(load_config(folder))
     config = skeleton.config.get_text_config(decoder=True)
     layers = DynamicCache(config=config).layers

@@ -164,7 +164,7 @@ def _speculate(model: Model, options: LoadOptions, draft: DraftFiles | None, *, 
         if model.tokenizer is None:
             raise ConfigError(f"{model.no_tokenizer} Without one, its vocabulary cannot be compared with a draft's.")
         guessing = load_draft(draft, model.tokenizer.get_vocab(), model.placement.context)
-        sources["draft"] = (partial(DraftSource, guessing, num_embeddings(hf)),)
+        sources["draft"] = (NgramSource, partial(DraftSource, guessing, num_embeddings(hf)))
     why_off = ""
     if options.speculate == "mtp" and "mtp" not in sources:
         why_off = "the layer for multi-token prediction is computed on the CPU alone; --speculate ngram works here"

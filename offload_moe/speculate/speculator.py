@@ -100,8 +100,11 @@ class Speculator:
                 way.guess = way.source.guess(MOST_GUESSES)
                 self._compare(way, way.guess)
 
-    def guess(self, most: int) -> Sequence[int]:
-        """The tokens to compute beside the next one, `most` or fewer."""
+    def guess(self, most: int, is_taken: Callable[[int], bool] = bool) -> Sequence[int]:
+        """The tokens to compute beside the next one, `most` or fewer.
+
+        is_taken: whether the pass takes so many, before the time to make them is spent.
+        """
         self._making_s = 0.0
         if not self._may_guess():
             return ()
@@ -109,6 +112,8 @@ class Speculator:
         if not chosen:
             return ()
         way, number = chosen[0] if len(chosen) == 1 else max(chosen, key=_rate)
+        if not is_taken(number):
+            return ()
         self._used = way
         if way.source.is_free:
             return way.guess.tokens[:number]

@@ -1,6 +1,7 @@
 """A draft model: any causal language model of the same vocabulary, in memory of its own."""
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,14 @@ import torch
 from transformers import DynamicCache
 
 from offload_moe import load
-from offload_moe.engine.draft import find_draft, load_draft
+from offload_moe.engine.draft import draft_to_plan, find_draft, load_draft
 from offload_moe.errors import ConfigError
+from offload_moe.plan.hub import HubModel
 from offload_moe.speculate.draft import DraftSource
 from offload_moe.speculate.governor import Governor
+from offload_moe.speculate.ngram import NgramSource
+from offload_moe.speculate.speculation import speculation_of
+from offload_moe.speculate.speculator import PassCost
 from tests.support.chat import byte_tokenizer, chat_model, chat_store
 from tests.support.cli import load_cli
 
@@ -209,6 +214,41 @@ def test_what_cannot_draft_is_refused(store: Path, tmp_path: Path) -> None:
     tokenizer.save_pretrained(other)
     with pytest.raises(ConfigError, match=r"another vocabulary: 264 of its 265 tokens"):
         load(store, speculate="draft", draft=other, context=512)
+
+
+def test_plan_reads_the_config_alone_of_a_draft_on_the_hub(
+    store: Path, draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Any other download fails."""
+    shutil.copy(draft / "config.json", tmp_path)
+    fetched: list[str] = []
+
+    def fetch_config(repo_id: str, **keywords: Any) -> HubModel:
+        fetched.append(repo_id)
+        return HubModel(folder=tmp_path, sizes=None, tensor_names=())
+
+    monkeypatch.setattr("offload_moe.engine.draft.fetch_config", fetch_config)
+    assert draft_to_plan("organisation/small").num_bytes(512) == find_draft(draft).num_bytes(512)
+    assert load_cli().main(["plan", str(store), "--draft", "organisation/small", "--context", "512"]) == 0
+    assert "draft model" in capsys.readouterr().out
+    assert fetched == ["organisation/small"] * 2
+
+
+def test_a_draft_has_prompt_lookup_beside_it(store: Path, draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repeated text is not left to the draft alone, which costs time for each guess."""
+    used: list[tuple[int, ...]] = []
+    guess = NgramSource.guess
+    monkeypatch.setattr(
+        NgramSource, "guess", lambda self, most: (found := guess(self, most), used.append(found.tokens))[0]
+    )
+    with load(store, speculate="draft", draft=draft, context=512) as model:
+        speculator = speculation_of(model.hf).conversation()
+        assert speculator is not None
+        speculator.begin([5, 6, 7, 8, 9] * 3)
+        speculator.note_plain(PassCost(1, 1.0, 0))
+        speculator.take(5)
+        assert used[-1][:2] == (6, 7)
+        assert list(speculator.guess(3)) == [6, 7, 8]
 
 
 def test_plan_shows_a_draft(store: Path, draft: Path, capsys: pytest.CaptureFixture[str]) -> None:

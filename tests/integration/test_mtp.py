@@ -293,7 +293,9 @@ def test_guesses_that_are_made_rarely_leave_gaps(
             made.append(super().guess(most))
             return made[-1]
 
-    monkeypatch.setattr(EveryGuess, "choose", lambda self, kind, most: 0 if next(passes) % 20 else min(most, 2))
+    monkeypatch.setattr(
+        EveryGuess, "choose", lambda self, kind, most, num_behind=0: 0 if next(passes) % 20 else min(most, 2)
+    )
     source, cache = Noting(module_of(model), states), DynamicCache(config=model.hf.config)
     tokens = list(stream_of(model, source, cache=cache, max_new_tokens=70))
     assert [len(guess.tokens) for guess in made] == [2] * 4

@@ -262,6 +262,14 @@ def test_an_interrupt_within_guesses_leaves_the_cache_of_the_tokens(
     check_cache(cache, seen[len(PROMPT[0]) + len(stream.tokens) - 1])
 
 
+def test_no_guesses_are_made_for_a_pass_that_cannot_take_them(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their time would be lost."""
+    source, expected = Recalled([], [(7, 0)]), list(stream_of(model))
+    monkeypatch.setattr(ahead, "takes_rows", lambda hf, cache, num_tokens: False)
+    assert list(stream_of(model, source)) == expected
+    assert source.made.total() == 0
+
+
 @pytest.mark.parametrize("num_slots", [2, 6, 16])
 def test_experts_that_are_not_resident(num_slots: int, stores: dict[str, Path]) -> None:
     with open_model(stores["qwen3_moe"]) as model:

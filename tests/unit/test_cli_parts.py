@@ -149,6 +149,8 @@ def test_full_statistics_of_a_turn() -> None:
     [
         (["run", "demo", "--speculate", "draft", "small", "Hello"], ("draft", "small", "Hello")),
         (["run", "--speculate", "draft", "small", "demo", "Hello"], ("draft", "small", "Hello")),
+        (["run", "--speculate=draft", "small", "demo", "Hello"], ("draft", "small", "Hello")),
+        (["run", "demo", "--speculate=draft", "--draft=small", "Hello"], ("draft", "small", "Hello")),
         (["run", "demo", "--speculate", "draft", "--draft", "small", "Hello"], ("draft", "small", "Hello")),
         (["run", "demo", "Hello", "--speculate", "ngram"], ("ngram", None, "Hello")),
         (["run", "demo", "Hello"], (None, None, "Hello")),
