@@ -103,8 +103,8 @@ FORGE = sorted([*(ROOT / ".github").rglob("*.yml"), ROOT / ".pre-commit-config.y
 def test_files_of_the_forge_name_what_exists(path: Path) -> None:
     text = path.read_text()
     assert yaml.safe_load(text)
-    for name in re.findall(r"(?<![\w/])(?:scripts|tests|docs|\.ci)/[\w./]*\w", text):
-        assert (ROOT / name).exists(), name
+    for name in re.findall(r"(?<![\w/])(?:scripts|tests|docs|\.ci)/[\w./*]*\w", text):
+        assert list(ROOT.glob(name)), name
     for command in re.findall(r"offload-moe ((?:doctor|plan|run)[^`]*)`", text):
         load_cli().build_parser().parse_args(command.split())
 
@@ -128,6 +128,12 @@ def test_ci_installs_the_emulator_as_root_and_shows_what_fails(user: int, by: st
     assert last.startswith("apt-get cannot install gcc-aarch64-linux-gnu")
 
 
+def test_what_is_slow_and_for_windows_or_for_users_machines_runs_for_each_change() -> None:
+    assert "tests/fault/test_users_*.py tests/unit/test_windows.py -m slow" in (ROOT / ".ci/run").read_text()
+    job = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["machines"]
+    assert any("sudo" in (run := step.get("run", "")) and "tests/fault/test_users_*.py" in run for step in job["steps"])
+
+
 def test_cells_that_mount_run_as_root_every_night() -> None:
     tree = ast.parse((ROOT / "tests/fault/test_users_machines.py").read_text())
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
@@ -138,6 +144,23 @@ def test_cells_that_mount_run_as_root_every_night() -> None:
     assert chosen is not None
     words = chosen[1].split(" or ")
     assert {node.name for node in functions if any(word in node.name for word in words)} == mounting != set()
+
+
+def test_a_wheel_of_each_systems_compiler_is_tried_by_every_shell() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cibuildwheel"]
+    assert "'" not in settings["test-command"], "cmd.exe takes single quotes for letters"
+    job = yaml.safe_load((ROOT / ".github/workflows/nightly.yml").read_text())["jobs"]["native"]
+    assert "windows-latest" in job["strategy"]["matrix"]["os"]
+    assert any("cibuildwheel" in step.get("run", "") for step in job["steps"])
+
+
+def test_every_wheel_is_run_where_it_is_for() -> None:
+    tags = re.findall(r'tag="(\w+)"', (ROOT / "scripts/build_wheels").read_text())
+    jobs = yaml.safe_load((ROOT / ".github/workflows/wheels.yml").read_text())["jobs"]
+    text = yaml.safe_dump(jobs)
+    assert len(tags) == 4
+    assert [tag for tag in tags if tag not in text] == ["manylinux_2_28_x86_64"], "which scripts/release runs"
+    assert jobs["windows"]["runs-on"] == "windows-latest"
 
 
 def test_the_version_is_the_same_everywhere() -> None:
