@@ -178,7 +178,7 @@ def _glm4_moe(found: Metadata) -> dict[str, Any]:
 def _gpt_oss(found: Metadata) -> dict[str, Any]:
     rope = rope_of(found)
     if rope["rope_type"] == "yarn":
-        rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+        rope["truncate"] = False
     return {
         "model_type": "gpt_oss",
         "architectures": ["GptOssForCausalLM"],

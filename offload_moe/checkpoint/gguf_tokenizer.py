@@ -9,6 +9,7 @@ from offload_moe.errors import CheckpointError
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
+    from transformers import PreTrainedTokenizerFast
 
 # Splits of text that are GPT-2's own, which transformers takes where a file names none of its own.
 # Source: llama.cpp, src/llama-vocab.cpp.
@@ -19,8 +20,8 @@ ADVICE = (
 )
 
 
-def write_tokenizer(path: Path, metadata: Mapping[str, Any], folder: Path) -> None:
-    """Write the tokenizer of a GGUF file into a folder, as transformers saves one; nothing if the file has none.
+def write_tokenizer(path: Path, metadata: Mapping[str, Any], folder: Path) -> "PreTrainedTokenizerFast | None":
+    """Write the tokenizer of a GGUF file into a folder, as transformers saves one; None if the file has none.
 
     metadata: of the file. Raises: CheckpointError for one that would split texts otherwise than the model learned.
     """
@@ -28,7 +29,7 @@ def write_tokenizer(path: Path, metadata: Mapping[str, Any], folder: Path) -> No
     from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 
     if metadata.get("tokenizer.ggml.model") in (None, "none", "no_vocab"):
-        return
+        return None
     rule = str(metadata.get("tokenizer.ggml.pre", ""))
     _check_split(path, metadata.get("tokenizer.ggml.model"), rule)
     try:
@@ -38,6 +39,7 @@ def write_tokenizer(path: Path, metadata: Mapping[str, Any], folder: Path) -> No
             backend.pre_tokenizer = _splitting(SPLITS[rule])
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **settings, **more)
         tokenizer.save_pretrained(folder)
+        return tokenizer
     except Exception as error:  # the integration may raise anything for foreign metadata
         raise CheckpointError(f"{path}: its tokenizer cannot be read: {error}. {ADVICE}") from error
 

@@ -22,7 +22,7 @@ def view_of_headers(found: HubGguf) -> Iterator[Path]:
     Raises: CheckpointError naming what cannot be used as it lies, TransferError.
     """
     with TemporaryDirectory() as folder:
-        yield make_view(found.fetch_headers(Path(folder)), Path(folder, "view"), found.name)
+        yield make_view(found.fetch_headers(Path(folder)), Path(folder, "view"), found.name, has_data=False)
 
 
 def download_gguf(

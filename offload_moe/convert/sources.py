@@ -15,6 +15,7 @@ from offload_moe.errors import CheckpointError
 from offload_moe.store import is_store
 from offload_moe.store.in_place import GGUF, make_view
 from offload_moe.store.installed import DEMO_IS_NOT_BUILT, check_finished
+from offload_moe.store.view import FORMAT_VERSION
 from offload_moe.system.names import DEMO, STORES, check_model, hub_name, resolve, split_gguf_name
 from offload_moe.system.paths import CONFIG_NAME, cache_dir, file_advice
 from offload_moe.system.progress import Progress, log_notice, silent
@@ -101,7 +102,7 @@ def ensure_view(file: Path, source: str) -> Path:
     paths = parts_beside(file.absolute())
     states = [(str(path), path.stat()) for path in paths]
     identity = "\n".join(f"{path} {status.st_size} {status.st_mtime_ns}" for path, status in states)
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    digest = hashlib.sha256(f"{identity}\n{FORMAT_VERSION}".encode()).hexdigest()[:12]
     folder = cache_dir() / STORES / f"{model_name(file)}-{GGUF}-{digest}"
     return folder if is_store(folder) else make_view(paths, folder, source)
 

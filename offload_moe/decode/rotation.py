@@ -183,6 +183,7 @@ def _windows(rotary: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if "dynamic" in kind:
             growing.append(int(rotary.original_max_seq_len))
         has_scale = kind != "default" and "long_mscale" in parameters  # of phimoe, beyond the window
-        if kind == "longrope" or has_scale:
+        switches = kind == "longrope" and parameters.get("short_factor") != parameters.get("long_factor")
+        if switches or has_scale:
             switching.append(int(parameters["original_max_position_embeddings"]))
     return tuple(switching), tuple(growing)

@@ -137,10 +137,13 @@ def open_view(folder: Path) -> InPlaceStore:
     return InPlaceStore(folder, view.source, view.paths)
 
 
-def make_view(paths: Sequence[Path], folder: Path, source: str) -> Path:
-    """Write a folder that stands for these files, which stay where they are. Raises: CheckpointError."""
+def make_view(paths: Sequence[Path], folder: Path, source: str, *, has_data: bool = True) -> Path:
+    """Write a folder that stands for these files, which stay where they are.
+
+    has_data: see `write_small_files`. Raises: CheckpointError.
+    """
     make_folder(folder)
-    write_small_files(tuple(paths), folder)
+    write_small_files(tuple(paths), folder, has_data=has_data)
     InPlaceStore(folder, source, paths)  # refuses before the manifest makes a store of the folder
     write_view(folder, source, paths)
     return folder

@@ -11,7 +11,7 @@ from offload_moe.store.durable import write_file
 from offload_moe.system.paths import MANIFEST_NAME
 
 FORMAT_NAME = "offload-moe view of GGUF files"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of 1: without stop tokens, and with errors in the config of some models
 
 
 @dataclass(frozen=True, slots=True)
