@@ -9,7 +9,7 @@ from tests.support.cuda.attention_cases import SETTINGS, check, check_special_nu
 pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
 
 SHAPES = {
-    "small": Latent(num_heads=6, unrotated_dims=24, rotated_dims=16, value_dims=20, rank=400),
+    "small": Latent(num_heads=6, unrotated_dims=24, rotated_dims=16, value_dims=20, rank=48),
     "DeepSeek": Latent(
         num_heads=9,
         unrotated_dims=64,

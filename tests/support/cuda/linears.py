@@ -1,5 +1,7 @@
 """Linears over panels on the card, executed on the CPU, and what the library gives for them."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -17,9 +19,10 @@ def multiply(
     taken = card.input(codec, cols, compiled)
     card.run("QUANTIZE", (cols,), {"x": copied(x), "inputs": inputs_for(codec, taken)}, y=compiled)
     assert (taken["quants"].reshape(compiled, -1)[len(x) :] == 77).all()
+    nested = [nested_scales(each) for each in records]
     params = {
         "input": taken,
-        "matrices": [each.matrix(0) for each in records],
+        "matrices": [each.matrix(0) | own.place for each, own in zip(records, nested, strict=True)],
         "records": [each.memory[0] for each in records],
         "biases": biases,
         "outs": outs,
@@ -27,6 +30,21 @@ def multiply(
     }
     card.run("LINEAR", (codec_name(codec), cols, compiled), params, rows=rows)
     return outs
+
+
+@dataclass(frozen=True, slots=True)
+class Nested:
+    """The nested scales of nf4 in memory of their own, which ends with the last one; and where that is, to a matrix."""
+
+    memory: np.ndarray
+    place: dict[str, int]
+
+
+def nested_scales(records: Records) -> Nested:
+    if records.codec != "nf4":
+        return Nested(np.empty(0), {})
+    values = copied(records.layout.view(records.tensors[0], "weight.absmax_scale").numpy())
+    return Nested(values, {"nested_scales": values.ctypes.data - records.memory[0].ctypes.data})
 
 
 def expected_of(records: list[Records], x: np.ndarray, biases: list[np.ndarray | None]) -> list[np.ndarray]:
