@@ -63,7 +63,8 @@ class Account:
         if ended is None:
             return
         layers = self._replay(ended)
-        note_passed(self._hierarchy.scheduler, 0, [_choice(layer) for layer in layers], ended.num_rows)
+        choices = [_choice(layer, ended.num_rows) for layer in layers]
+        note_passed(self._hierarchy.scheduler, 0, choices, ended.num_rows)
         counters = self._hierarchy.scheduler.counters
         counters.num_evictions = self._hierarchy.scheduler.residency.num_evictions
         counters.h2d_bytes += sum(len(layer.changes) for layer in layers) * self._hierarchy.pools.slot_bytes
@@ -76,8 +77,9 @@ class Account:
         found = layers_of(view.ints, self._layers, max_rows=view.rows, num_rows=view.num_rows, number=view.number)
         with self._hierarchy.scheduler.changed:
             for layer in found:
-                self._pool.replay(layer.changes[view.num_entered.get(layer.layer, 0) :])
-                view.num_entered[layer.layer] = len(layer.changes)
+                if layer.changes:
+                    self._pool.replay(layer.changes[view.num_entered.get(layer.layer, 0) :])
+                    view.num_entered[layer.layer] = len(layer.changes)
         return found
 
     def read_back(self, session: Session) -> None:
@@ -89,9 +91,9 @@ class Account:
             self._pool.read_back(list(slot_of))
 
 
-def _choice(layer: LayerLog) -> Choice:
+def _choice(layer: LayerLog, num_rows: int) -> Choice:
     """The distinct experts of a layer: in the router's order for one row, else ascending."""
-    if len(layer.ids) == 1:
-        return Choice(layer.ids[0].tolist(), layer.found[0].tolist())
+    if num_rows == 1:
+        return Choice(layer.ids, layer.found)
     experts, places, counts = np.unique(layer.ids, return_index=True, return_counts=True)
-    return Choice(experts.tolist(), layer.found.flat[places].tolist(), (counts / len(layer.ids)).tolist())
+    return Choice(experts.tolist(), [layer.found[place] for place in places], (counts / num_rows).tolist())

@@ -1,7 +1,7 @@
 """What the card noted of a pass: routing, how experts were found, and which slots changed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,14 +11,12 @@ from offload_moe.card.structs import constant
 HEAD, MISSED = constant("OM_CARD_LOG_HEAD"), constant("OM_CARD_MISSED")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerLog:
-    """One layer. ids, found ``[T, K]``; weights ``[T, K]`` fp32. changes: slot, evicted key, admitted key."""
+class LayerLog(NamedTuple):
+    """One layer. ids, found: of T * K pairs. changes: slot, evicted key, admitted key."""
 
     layer: int
-    ids: NDArray[np.int32]
-    weights: NDArray[np.float32]
-    found: NDArray[np.int32]
+    ids: list[int]
+    found: list[int]
     changes: Sequence[tuple[int, int, int]]
 
 
@@ -27,22 +25,21 @@ def layers_of(
 ) -> list[LayerLog]:
     """Of the pass of this number. ints ``[layers, n]``: the log. layers: number and top-k of those with experts."""
     found = []
+    numbers, num_changes = ints[:, 0].tolist(), ints[:, 1].tolist()
+    pairs = {top_k: _pairs(ints, max_rows * top_k, num_rows * top_k) for top_k in {top_k for _, top_k in layers}}
     for layer, top_k in layers:
-        line = ints[layer]
-        if line[0] != number:
-            continue
-        most, count, (_, num_changes) = max_rows * top_k, num_rows * top_k, line[:HEAD].tolist()
-        ids, weights, states, changes = (line[HEAD + part * most :] for part in range(4))
-        found.append(
-            LayerLog(
-                layer=layer,
-                ids=ids[:count].reshape(num_rows, top_k),
-                weights=weights[:count].view(np.float32).reshape(num_rows, top_k),
-                found=states[:count].reshape(num_rows, top_k),
-                changes=[(a, b, c) for a, b, c in changes[: 3 * num_changes].reshape(-1, 3).tolist()],
-            )
-        )
+        if numbers[layer] == number:
+            ids, states = pairs[top_k]
+            first = HEAD + 3 * max_rows * top_k
+            flat = ints[layer, first : first + 3 * num_changes[layer]].tolist() if num_changes[layer] else []
+            changes = list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
+            found.append(LayerLog(layer, ids[layer], states[layer], changes))
     return found
+
+
+def _pairs(ints: NDArray[np.int32], most: int, count: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Of all layers: ids, and how each was found."""
+    return ints[:, HEAD : HEAD + count].tolist(), ints[:, HEAD + 2 * most : HEAD + 2 * most + count].tolist()
 
 
 def num_missed(ints: NDArray[np.int32], layers: Sequence[tuple[int, int]], *, max_rows: int, num_rows: int) -> int:

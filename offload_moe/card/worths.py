@@ -12,7 +12,9 @@ AT_ONCE = 8
 
 def in_bytes(worths: NDArray[np.float32]) -> NDArray[np.uint8]:
     """``[X] -> [X]``; all from 1 on are equal, and so are those of no worth."""
-    return np.floor(np.clip(worths, 0, 1) * MOST).astype(np.uint8)
+    scaled = np.minimum(np.maximum(worths, 0), 1)
+    scaled *= MOST
+    return scaled.astype(np.uint8)
 
 
 def in_groups(worths: NDArray[np.float32]) -> NDArray[np.uint64]:

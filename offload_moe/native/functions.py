@@ -69,7 +69,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "om_pass_start": (pointer, *[pointer] * 4),
     "om_pass_next": (int64, pointer, int64, float64, pointer),
     "om_pass_end": (None, pointer),
-    "om_rank": (None, pointer, pointer),
+    "om_rank": (None, pointer, pointer, int64),
     "om_driver_open": (pointer, text, pointer, int64),
     "om_driver_close": (None, pointer),
     "om_driver_describe": (None, pointer, int32, pointer, int64),

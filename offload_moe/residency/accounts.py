@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from offload_moe.native.kernels import ARRIVING, MISSING
+from offload_moe.residency.policy import OfTokens
 from offload_moe.residency.tier import Tier
 
 Mark = tuple[int, int]
@@ -79,11 +80,35 @@ def note_passed(
 
     marks: gets the `mark` after each layer.
     """
+    choices = list(choices)
     with tier.changed:
         tier.drain_completions()
+        if num_tokens == 1 and marks is None and not (tier.flying or tier.unproven or tier.observer):
+            _note_token(tier, layer, choices)
+            choices = []
         for number, (chosen, states, shares) in enumerate(choices, layer):
             arriving, missing = sort_found(chosen, states) if any(states) else ([], [])
             note_layer(tier, number, tier.keys.keys(number, chosen), arriving, missing, shares, num_tokens)
             if marks is not None:
                 marks.append(mark(tier))
         tier.changed.notify_all()
+
+
+def _note_token(tier: Tier, layer: int, choices: Sequence[Choice]) -> None:
+    """As `note_layer` of each, where nothing is to be done for single layers."""
+    keys = [tier.keys.keys(number, choice.experts) for number, choice in enumerate(choices, layer)]
+    policy = tier.residency.policy
+    if isinstance(policy, OfTokens):
+        policy.access_token(layer, keys)
+    else:
+        for number, each in enumerate(keys, layer):
+            policy.access(number, each)
+    tier.uses.note(key for each in keys for key in each)
+    counters, num_experts = tier.counters, sum(map(len, keys))
+    num_arriving = sum(list(choice.found).count(ARRIVING) for choice in choices)
+    num_missing = sum(list(choice.found).count(MISSING) for choice in choices)
+    counters.num_waves += len(keys)
+    counters.num_acquires += len(keys)
+    counters.num_hits += num_experts - num_missing - num_arriving
+    counters.num_delayed_hits += num_arriving
+    counters.num_misses += num_missing

@@ -271,3 +271,33 @@ def use_native(monkeypatch: pytest.MonkeyPatch, *, is_native: bool) -> None:
 def policy_with(monkeypatch: pytest.MonkeyPatch, layers: range, num_experts: int, *, is_native: bool) -> KNN:
     use_native(monkeypatch, is_native=is_native)
     return KNN(ExpertKeys([num_experts] * layers.stop), layers, NUM_SLOTS)
+
+
+@pytest.mark.parametrize("num_layers", [3, 4])
+def test_a_token_noted_at_once_is_the_same_as_layer_by_layer(num_layers: int) -> None:
+    """Also behind a chunk, a token that ended early, and one of another shape."""
+    keys = ExpertKeys([NUM_EXPERTS] * num_layers)
+    single, whole = (KNN(keys, range(num_layers), NUM_SLOTS) for _ in range(2))
+    draw, resident = np.random.default_rng(3), list(range(NUM_SLOTS))
+    for policy in (single, whole):
+        for key in resident:
+            policy.insert(key)
+    for token in range(40):
+        top_k = 3 if token == 20 else TOP_K
+        used = [[keys.key(at, int(e)) for e in draw.permutation(NUM_EXPERTS)[:top_k]] for at in range(num_layers)]
+        if token in (7, 21):
+            used = used[:2] if token == 7 else [list(range(keys.first(at), keys.end(at))) for at in range(num_layers)]
+        for at, each in enumerate(used):
+            single.access(at, each)
+        whole.access_token(0, used)
+        victims = {policy.victim(nobody) for policy in (single, whole)}
+        assert len(victims) == 1
+        for policy in (single, whole):
+            policy.remove(*victims)
+            policy.insert(used[0][0]) if used[0][0] not in resident else policy.insert(*victims)
+        if used[0][0] not in resident:
+            resident = [key for key in resident if key not in victims] + [used[0][0]]
+        assert np.array_equal(single.worths, whole.worths)
+        assert np.array_equal(single.ranking.order, whole.ranking.order)
+    assert whole.ranking.reuse.evidence.tolist() == single.ranking.reuse.evidence.tolist()
+    assert whole.worths.any()

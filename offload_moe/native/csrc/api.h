@@ -375,7 +375,7 @@
                                         om_reads *reads)) \
     FUNCTION(int64_t, om_pass_next, (om_pass *pass, int64_t first, double limit_s, int32_t *needs)) \
     FUNCTION(void, om_pass_end, (om_pass *pass)) \
-    FUNCTION(void, om_rank, (const om_ranking *r, const om_passed *passed)) \
+    FUNCTION(void, om_rank, (const om_ranking *r, const om_passed *passed, int64_t count)) \
     FUNCTION(om_driver *, om_driver_open, (const char *path, char *reason, int64_t room)) \
     FUNCTION(void, om_driver_close, (om_driver *driver)) \
     FUNCTION(void, om_driver_describe, (const om_driver *driver, int32_t code, char *text, int64_t room)) \

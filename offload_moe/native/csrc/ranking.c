@@ -92,7 +92,7 @@ static void rank_block(const om_ranking *r, const om_passed *passed, int64_t fir
 }
 
 /* Learn from layers that were passed, and rank their experts for the next token. */
-OM_EXPORT void om_rank(const om_ranking *r, const om_passed *passed) {
+static void rank_passed(const om_ranking *r, const om_passed *passed) {
     int64_t nearest[MAX_NEIGHBOURS];
     float weights[MAX_NEIGHBOURS];
     if (passed->observes) observe(r, passed);
@@ -107,4 +107,9 @@ OM_EXPORT void om_rank(const om_ranking *r, const om_passed *passed) {
         }
         rank_block(r, passed, first, count, predicted, trust);
     }
+}
+
+/* One after the other. */
+OM_EXPORT void om_rank(const om_ranking *r, const om_passed *passed, int64_t count) {
+    for (int64_t i = 0; i < count; i++) rank_passed(r, passed + i);
 }

@@ -6,7 +6,7 @@ from offload_moe.residency.policy.frequency import LFU, DecayedFrequency
 from offload_moe.residency.policy.knn import KNN
 from offload_moe.residency.policy.lru import LRU, Unranked
 from offload_moe.residency.policy.lru_2 import LRU2
-from offload_moe.residency.policy.protocol import Appraising, Policy
+from offload_moe.residency.policy.protocol import Appraising, OfTokens, Policy
 from offload_moe.residency.policy.slru import SLRU
 from offload_moe.system.extensions import with_extensions
 from offload_moe.system.names import no_such
@@ -16,6 +16,7 @@ __all__ = [
     "LRU",
     "POLICY_NAMES",
     "Appraising",
+    "OfTokens",
     "Policy",
     "check_policy",
     "make_policy",

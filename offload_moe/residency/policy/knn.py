@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offload_moe.residency.keys import ExpertKeys
-from offload_moe.residency.policy.ranking import Passed, Ranking
+from offload_moe.residency.policy.ranking import Passed, Ranking, Span
 
 HALF_LIFE_PER_SHARE = 10.0  # tokens until a reuse is worth half, in a pool with a slot for every expert
 LAYERS_PER_RANKING = 2  # that many layers are ranked at once: fewer calls, slightly staler ranks
@@ -42,6 +42,8 @@ class KNN:
         self._is_chunk = False
         self._is_partial = False  # the layer accessed last is acquired expert by expert
         self._current: frozenset[int] = frozenset()
+        self._shape: tuple[int, ...] = ()  # of the last `access_token`: how many experts of each layer
+        self._spans: Sequence[Span] = ()
 
     @property
     def worths(self) -> NDArray[np.float32]:
@@ -69,6 +71,35 @@ class KNN:
             self.ranking.order[self._local.end(position) :] += AHEAD_OF_CHUNK
         if position + 1 - self._ranked >= LAYERS_PER_RANKING or position + 1 == len(self._layers):
             self._rank_pending()
+
+    def access_token(self, layer: int, keys: Sequence[Sequence[int]]) -> None:
+        """See `OfTokens`."""
+        shape = tuple(map(len, keys))
+        if shape != self._shape:
+            self._shape, self._spans = shape, self._spans_of(shape)
+        if not self._spans or layer != self._layers.start or self._position <= 0:
+            for number, each in enumerate(keys, layer):
+                self.access(number, each)
+            return
+        self._next_token()
+        first = self._first_key
+        self.ranking.rank_token([key - first for each in keys for key in each], self._spans)
+        self._current = frozenset(key - first for key in keys[-1])
+        self._num_tokens, self._is_partial = 1, False
+        self._position, self._ranked = len(keys) - 1, len(keys)
+
+    def _spans_of(self, shape: Sequence[int]) -> Sequence[Span]:
+        """Of a token that uses so many experts of each layer; none where a layer is missing, or counts as a chunk's."""
+        local = self._local
+        if len(shape) != len(self._layers) or any(
+            2 * used > count for used, count in zip(shape, local.num_experts, strict=True)
+        ):
+            return ()
+        ends = [min(at + LAYERS_PER_RANKING, len(shape)) for at in range(0, len(shape), LAYERS_PER_RANKING)]
+        return [
+            Span(sum(shape[at:end]), local.first(at), local.first(end), end - at)
+            for at, end in zip([0, *ends], ends, strict=False)
+        ]
 
     def insert(self, key: int) -> None:
         local = key - self._first_key

@@ -49,3 +49,11 @@ class Appraising(Protocol):
 
         Estimates of something from 0 to 1, which may lie beside that.
         """
+
+
+@runtime_checkable
+class OfTokens(Protocol):
+    """A policy that notes several layers of one token faster than one after the other."""
+
+    def access_token(self, layer: int, keys: Sequence[Sequence[int]]) -> None:
+        """As `Policy.access` of these keys of each layer from `layer` on, in turn."""

@@ -34,6 +34,15 @@ class Passed(NamedTuple):
     learns: bool
 
 
+class Span(NamedTuple):
+    """Layers whose experts are `first` to `end`, of which a token uses so many."""
+
+    num_keys: int
+    first: int
+    end: int
+    num_layers: int
+
+
 class Ranking:
     """The worth of the experts of a pool. Its arrays are written in place, as native code has their addresses."""
 
@@ -46,6 +55,7 @@ class Ranking:
         self.absent = np.full(num_keys, np.inf, dtype=np.float32)  # [X]: 0 where resident
         self.order = self.absent.copy()  # [X]: worth now where resident, infinite elsewhere
         self.use_discount(discount)
+        self._spans: Sequence[Span] = ()  # of the last `rank_token`
         self._struct, self._given = self._describe(), PassedStruct()
         self._addresses = ctypes.addressof(self._struct), ctypes.addressof(self._given)
         self._native = load_for_short_calls().om_rank
@@ -69,7 +79,35 @@ class Ranking:
         given.slow_step, given.fast_step = self.reuse.steps(passed.num_tokens)
         given.discount = self.discount
         given.observes, given.learns = passed.observes, passed.learns and self.reuse.is_learning
-        self._native(*self._addresses)
+        self._native(*self._addresses, 1)
+
+    def rank_token(self, keys: Sequence[int], spans: Sequence[Span]) -> None:
+        """As `rank` of one span of layers after the other, that one token passed, which is kept and learned from.
+
+        keys: of all spans.
+        """
+        if spans is not self._spans:
+            self._use_spans(spans)
+        self._keys[:] = keys
+        fade = self.history.fade
+        faded = [(fade(span.num_keys, span.num_layers), self.history.matchable) for span in spans]
+        given = self._token
+        given["decay"], given["matchable"] = zip(*faded, strict=True)
+        given["slow_step"], given["fast_step"] = self.reuse.steps(1)
+        given["discount"], given["learns"] = self.discount, self.reuse.is_learning
+        self._native(self._addresses[0], given.ctypes.data, len(spans))
+
+    def _use_spans(self, spans: Sequence[Span]) -> None:
+        self._spans = spans
+        counts = [span.num_keys for span in spans]
+        self._keys, self._ones = np.zeros(sum(counts), dtype=np.int32), np.ones(sum(counts), dtype=np.float32)
+        self._token = np.zeros(len(spans), dtype=np.dtype(PassedStruct))
+        offsets = np.cumsum([0, *counts[:-1]])
+        self._token["keys"] = self._keys.ctypes.data + self._keys.itemsize * offsets
+        self._token["shares"] = self._ones.ctypes.data + self._ones.itemsize * offsets
+        for name in ("num_keys", "first", "end"):
+            self._token[name] = [getattr(span, name) for span in spans]
+        self._token["observes"] = True
 
     def advance(self) -> None:
         """Begin the next token."""
