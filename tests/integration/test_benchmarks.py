@@ -267,7 +267,7 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         "{store} --threads 1 --trials 1 --tokens 16 --context 256 --rows 2 --replay-alone",
         ("replay_share_of_bound.median", "replay.2.tokens_per_pass"),
     ),
-    ("first_token.py", "{store} --trials 1", ("first_token_s.ours, cached.median", "first_token_s.ours, disk.min")),
+    ("first_token.py", "demo --trials 1", ("first_token_s.ours, cached.median", "first_token_s.ours, disk.min")),
     (
         "device_host_time.py",
         "--shapes Qwen3-30B-A3B --layers 1 --trials 1 --tokens 3",
