@@ -18,7 +18,7 @@ from .completion import COMPLETE, SCRIPTS, candidates, install
 from .ending import EndedBySignal, end_beside_load, ended_by_signals
 from .failures import one_line
 from .streams import discard_unwritten, flush_streams, prepare_streams, say_on_stderr
-from .terminal import quiet_libraries
+from .terminal import quiet_libraries, safe
 
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 130, 141
 
@@ -75,7 +75,7 @@ def _run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if is_debugging:
             traceback.print_exc()
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {safe(one_line(error))}", file=sys.stderr)
         return EXIT_ERROR
     return status
 

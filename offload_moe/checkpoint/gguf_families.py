@@ -138,11 +138,11 @@ def _deepseek(found: Metadata) -> dict[str, Any]:
 
 def _groups(found: Metadata, num_groups: int, num_used: int) -> dict[str, int]:
     """Groups of experts of which some are used; the numbers are for files without them."""
-    experts = found.count("expert_count")
+    experts, chosen = found.count("expert_count"), found.count("expert_used_count")
     num_groups = found.count("expert_group_count", num_groups, least=0, most=experts) or num_groups
     num_used = found.count("expert_group_used_count", num_used, least=0, most=num_groups) or num_used
-    if experts % num_groups or num_used > num_groups:
-        what = f"is {num_groups}, of which {num_used} are used, for {experts} experts"
+    if experts % num_groups or num_used > num_groups or chosen > experts // num_groups * num_used:
+        what = f"is {num_groups}, of which {num_used} are used, for {chosen} of {experts} experts"
         raise found.refused("expert_group_count", what)
     return {"n_group": num_groups, "topk_group": num_used}
 

@@ -182,6 +182,11 @@ def _tensor(path: Path, place: TensorPlace, offset: int, is_swapped: bool) -> Gg
             f"{path}: tensor {place.name} in {kind.name} is {list(place.shape)}, which is empty or has rows that are "
             f"no multiple of {per_block}. {AGAIN}"
         )
+    if len(place.shape) == 1 and per_block > 1:
+        raise CheckpointError(
+            f"{path}: tensor {place.name} is a vector in {kind.name}; vectors are read in {', '.join(KEPT_DTYPES)}. "
+            f"{ADVICE}"
+        )
     num_bytes = math.prod(place.shape) // per_block * block_bytes
     tensor = GgufTensor(
         path=path,

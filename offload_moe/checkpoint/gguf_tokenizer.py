@@ -30,6 +30,9 @@ def write_tokenizer(path: Path, metadata: Mapping[str, Any], folder: Path) -> "P
 
     if metadata.get("tokenizer.ggml.model") in (None, "none", "no_vocab"):
         return None
+    template = metadata.get("tokenizer.chat_template", "")
+    if not isinstance(template, str):
+        raise CheckpointError(f"{path}: its tokenizer.chat_template is {template!r}, which is no text. {ADVICE}")
     rule = str(metadata.get("tokenizer.ggml.pre", ""))
     _check_split(path, metadata.get("tokenizer.ggml.model"), rule)
     try:

@@ -324,6 +324,7 @@ def test_a_file_that_was_replaced_gets_a_folder_of_its_own(tmp_path: Path, cache
     ("metadata", "match"),
     [
         ({"tokenizer.ggml.pre": "unheard-of"}, r"named 'unheard-of' \(tokenizer\.ggml\.pre\)"),
+        ({"tokenizer.chat_template": 1}, r"tokenizer\.chat_template is 1, which is no text"),
         ({"qwen3moe.expert_count": None}, r"no usable qwen3moe\.expert_count: None"),
         ({"qwen3moe.block_count": "two"}, r"no usable qwen3moe\.block_count: 'two'"),
         ({"qwen3moe.rope.scaling.type": "longrope"}, "rotary scaling of type 'longrope' is not supported"),

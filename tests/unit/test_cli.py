@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from offload_moe.errors import BudgetError, ConfigError
+from offload_moe.errors import BudgetError, CheckpointError, ConfigError
 from tests.support.cli import ROOT, command, environment, fake_load_module, load_cli, run_cli
 
 main = load_cli()
@@ -143,6 +143,7 @@ def test_a_size_that_cannot_be_read_is_one_line(capsys: pytest.CaptureFixture[st
     ("error", "status", "message"),
     [
         (BudgetError("5.1 GiB needed,\n3.9 GiB free."), 1, "error: 5.1 GiB needed, 3.9 GiB free.\n"),
+        (CheckpointError("Tensor \x1b[2Jblk\x9b is cut short."), 1, "error: Tensor [2Jblk is cut short.\n"),
         (FileNotFoundError(2, "No such file or directory", "x.json"), 1, "error: No such file or directory: x.json\n"),
         (
             RuntimeError("odd\nsecond line"),

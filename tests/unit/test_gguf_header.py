@@ -101,6 +101,7 @@ def test_what_is_read_of_arrays_and_texts(tmp_path: Path) -> None:
         ([tensor(shape=(1, 1, 1, 1, 32))], "tensor a has 5 dimensions"),
         ([tensor(shape=(0, 32))], r"tensor a in F32 is \[0, 32\], which is empty"),
         ([tensor(shape=(2, 33), kind=8)], r"tensor a in Q8_0 is \[2, 33\], which is empty or has rows .* 32"),
+        ([tensor(shape=(64,), kind=8)], "tensor a is a vector in Q8_0; vectors are read in F32, F16, BF16"),
         ([tensor(kind=99)], "tensor a is of type 99, which the gguf package does not have"),
         ([tensor(kind=26)], "tensor a is I32, which cannot be dequantized"),
     ],

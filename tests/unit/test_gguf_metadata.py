@@ -125,7 +125,8 @@ def test_numbers_that_no_model_has(key: str, value: object) -> None:
         ("afmoe", {"leading_dense_block_count": 4}, "leading_dense_block_count: 4, where a whole number from 0 to 3"),
         ("afmoe", {"expert_weights_scale": -1.0}, "expert_weights_scale: -1.0, where a positive number"),
         ("olmoe", {"attention.clamp_kqv": "8"}, "clamp_kqv: '8', where a positive number"),
-        ("deepseek2", {"expert_group_count": 3}, "expert_group_count is 3, of which 1 are used, for 8 experts"),
+        ("deepseek2", {"expert_group_count": 3}, "expert_group_count is 3, of which 1 are used, for 2 of 8 experts"),
+        ("deepseek2", {"expert_used_count": 5}, "expert_group_count is 2, of which 1 are used, for 5 of 8 experts"),
         ("deepseek2", {"expert_group_used_count": 3}, "expert_group_used_count: 3, where a whole number from 0 to 2"),
         ("deepseek2", {"rope.dimension_count": 24}, "dimension_count: 24, where a whole number from 1 to 23"),
         ("qwen35moe", {"ssm.time_step_rank": 3}, "time_step_rank is 3, for 2 heads of keys and 32 values"),
@@ -177,3 +178,10 @@ def test_older_files_without_groups_of_experts() -> None:
 def test_a_pattern_of_windows_as_a_number() -> None:
     assert config("afmoe")["global_attn_every_n_layers"] == 4
     assert config("afmoe", **{"attention.sliding_window_pattern": 2})["global_attn_every_n_layers"] == 2
+
+
+def test_groups_of_deepseek_v2() -> None:
+    changes = {"expert_gating_func": 1, "expert_weights_norm": False}
+    found = config("deepseek2", **changes)
+    assert (found["model_type"], found["topk_method"], found["n_group"]) == ("deepseek_v2", "group_limited_greedy", 2)
+    assert config("deepseek2", **changes, expert_group_count=1)["topk_method"] == "greedy"
