@@ -14,7 +14,7 @@ from offload_moe.errors import ConfigError
 from offload_moe.speculate.governor import Governor
 from offload_moe.speculate.speculation import speculation_of
 from offload_moe.speculate.speculator import Speculator
-from tests.support.serving import SCHEMA_OF_NAMES, chat, open_tiny, served
+from tests.support.serving import SCHEMA_OF_NAMES, chat, events, open_tiny, served
 
 REPEATED = "abc abc abc abc abc abc"
 SETTINGS: list[dict[str, Any]] = [{"temperature": 0}, {"temperature": 0.9, "seed": 3}]
@@ -118,6 +118,27 @@ def test_requests_get_the_same_answers(
     assert got["usage"]["completion_tokens"] == expected["usage"]["completion_tokens"] > 1
     if name == "grammar":
         assert len(json.loads(got["choices"][0]["message"]["content"])["names"]) == 6
+
+
+@pytest.mark.parametrize("name", ["greedy", "sampled", "stop", "log probabilities"])
+def test_a_stream_has_the_same_events(
+    model: Model, name: str, every_guess: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A piece for each token, in order, though several come of one pass; the last counts all of them."""
+    body = {"model": "tiny", "messages": [{"role": "user", "content": REPEATED}], "temperature": 0, "max_tokens": 60}
+    body |= {"stream": True, "stream_options": {"include_usage": True}} | FIELDS[name]
+    found = []
+    for is_guessed in (True, False):
+        if not is_guessed:
+            monkeypatch.setattr(speculation_of(model.hf), "choice", "off")
+        before = model.stats.num_guesses
+        with served(model) as client:
+            *parts, done = events(client.post("/v1/chat/completions", json=body).text)
+        assert done == "[DONE]"
+        assert (model.stats.num_guesses > before) == is_guessed
+        assert len(parts) > 4
+        found.append([(part["choices"], part["usage"] and part["usage"]["completion_tokens"]) for part in parts])
+    assert found[0] == found[1]
 
 
 def test_metrics_count_guesses(model: Model, every_guess: None) -> None:
