@@ -1,5 +1,6 @@
 """Tokens that passes of the card choose, on the fake driver: the CPU's where they are greedy, else the draw's."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,18 @@ from transformers import DynamicCache, GenerationConfig
 from offload_moe.card.model import decoder_parts
 from offload_moe.card.steps import CardSteps
 from offload_moe.card.stops import Stops
+from offload_moe.chat import ahead
 from offload_moe.chat.steering import Steering
 from offload_moe.chat.stream import TokenStream
 from offload_moe.decode import takes_rows
 from offload_moe.decode.cache import give_room
 from offload_moe.errors import BudgetError, DevicePassUnavailable, TransferError
 from offload_moe.families.cache_name import with_cache
+from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.speculate.governor import Governor
 from offload_moe.speculate.speculation import Speculation
 from offload_moe.speculate.speculator import Speculator
+from tests.integration import test_speculation as rejections
 from tests.unit import test_card_choose as definition
 
 pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
@@ -150,6 +154,36 @@ def test_guesses_behind_windows_latents_and_states(
         speculator = Speculation(model.hf, "ngram", counters).conversation()
         assert tokens_of(model.hf, speculator=speculator, max_new_tokens=60) == wanted
     assert counters.num_guesses > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt_oss"])
+def test_every_pattern_of_rejections_leaves_the_caches_of_passes_without_guesses(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1 to 7 guesses, of which all numbers are right: tokens and, after each rejection, caches bit for bit."""
+    roll_back, num_rolled = ahead.roll_back, Counter[int]()
+    settings = {"repetition_penalty": 1.5, "max_new_tokens": 180}
+    with (
+        fake.FakeDriver() as driver,
+        card_model(store_of(family, tmp_path), driver, ALL, ALL, shim_mode="quick") as model,
+    ):
+        tokens, seen = rejections.step_by_step(model, **settings)
+
+        def checked(cache: DynamicCache, num_tokens: int) -> None:
+            roll_back(cache, num_tokens)
+            num_rolled[num_tokens] += 1
+            rejections.check_cache(cache, seen[cache.get_seq_length()])
+
+        monkeypatch.setattr(ahead, "roll_back", checked)
+        source, cache = rejections.Recalled(tokens), DynamicCache(config=model.hf.config)
+        driver.forget_counts()
+        assert list(rejections.stream_of(model, source, cache=cache, **settings)) == tokens
+        assert driver.count("cuGraphLaunch") > 0
+        rejections.check_cache(cache, seen[cache.get_seq_length()])
+    assert set(source.made) == set(rejections.PATTERNS)
+    assert set(num_rolled) == set(range(1, MAX_ROWS))
+    assert len(set(tokens)) > 4
 
 
 def test_where_there_is_no_memory_for_more_rows_none_are_guessed(
