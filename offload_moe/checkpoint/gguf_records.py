@@ -1,7 +1,7 @@
 """The bytes of a model in GGUF as records: where each expert's parts lie, and the types of dense matrices."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,8 @@ from offload_moe.checkpoint.gguf_file import GgufTensor
 from offload_moe.errors import CheckpointError, ConfigError
 from offload_moe.quant.bf16 import Bf16Codec
 from offload_moe.quant.gguf import TYPES, GgufCodec, gguf_codec
-from offload_moe.quant.layout import ExpertShape, weight_shape
+from offload_moe.quant.layout import ExpertShape, RecordLayout, weight_shape
+from offload_moe.quant.panels import PANEL_ROWS
 
 LOSSLESS = Bf16Codec()
 MTP_LEFT_OUT = (
@@ -105,10 +106,28 @@ class GgufRecords:
 
     def read_dense(self, name: str) -> Tensor:
         """The record of a dense matrix in rows, uint8. Only of those that have a codec."""
-        codec, part = self._dense_codecs[name], self._parts[name]
-        shape = weight_shape(*part.shape())
-        raw = part.join(*(tensor.raw(0, tensor.shape[0]) for tensor in part.tensors))
-        return codec.encode(shape, {"weight.codes": raw})
+        record = torch.zeros(self._layout(name).record_bytes, dtype=torch.uint8)
+        at = 0
+        for rows in self.dense_rows(name, record.numel()):
+            record[at : at + rows.numel()] = rows.reshape(-1)
+            at += rows.numel()
+        return record
+
+    def dense_rows(self, name: str, most_bytes: int) -> Iterator[Tensor]:
+        """What `read_dense` joins: uint8 ``[rows, row bytes]``, whole panels of rows of about so many bytes.
+
+        All rows at once where they change places.
+        """
+        part = self._parts[name]
+        num_rows, num_bytes = part.shape()[0], self._layout(name).record_bytes
+        together = num_rows if part.is_whole else most_bytes * num_rows // num_bytes // PANEL_ROWS * PANEL_ROWS
+        for start in range(0, num_rows, max(PANEL_ROWS, together)):
+            stop = min(start + max(PANEL_ROWS, together), num_rows)
+            ends = [(0, tensor.shape[0]) if part.is_whole else (start, stop) for tensor in part.tensors]
+            yield part.join(*(tensor.raw(*each) for tensor, each in zip(part.tensors, ends, strict=True)))
+
+    def _layout(self, name: str) -> RecordLayout:
+        return self._dense_codecs[name].layout(weight_shape(*self._parts[name].shape()))
 
     @cached_property
     def _dense_codecs(self) -> dict[str, GgufCodec]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.gguf_records import GgufRecords
-from offload_moe.convert.jobs import Job, as_bytes, copy_jobs, expert_name
+from offload_moe.convert.jobs import RUN_BYTES, Job, as_bytes, copy_jobs, expert_name
 from offload_moe.native.kernels import panel_order
 from offload_moe.quant import Codec, ExpertShape
 from offload_moe.quant.layout import weight_shape
@@ -43,31 +43,22 @@ def plan_same_bits(checkpoint: Checkpoint) -> tuple[list[PlannedFile], list[Job]
 
 def _dense_records(records: GgufRecords) -> list[Job]:
     checkpoint, table = records.checkpoint, records.lookup_name
-    return [
-        _record_job(
-            name,
-            weight_shape(*checkpoint.dense[name].shape),
-            codec,
-            partial(records.read_dense, name),
-            checkpoint.dense_paths(name),
-            is_lookup=name == table,
-        )
-        for name in checkpoint.dense
-        if (codec := records.dense_codec(name)) is not None
-    ]
+    jobs = []
+    for name in checkpoint.dense:
+        if (codec := records.dense_codec(name)) is not None:
+            shape, is_lookup = weight_shape(*checkpoint.dense[name].shape), name == table
+            make = partial(_dense_record, records, name, in_panels=not is_lookup)
+            jobs.append(Job(blob=_blob(name, shape, codec, is_lookup), make=make, paths=checkpoint.dense_paths(name)))
+    return jobs
 
 
-def _record_job(
-    name: str,
-    shape: ExpertShape,
-    codec: Codec,
-    read: partial[Tensor],
-    paths: frozenset[Path],
-    *,
-    is_lookup: bool = False,
-) -> Job:
+def _record_job(name: str, shape: ExpertShape, codec: Codec, read: partial[Tensor], paths: frozenset[Path]) -> Job:
+    return Job(blob=_blob(name, shape, codec, False), make=partial(_record, read, shape, codec), paths=paths)
+
+
+def _blob(name: str, shape: ExpertShape, codec: Codec, is_lookup: bool) -> Blob:
     num_bytes = codec.layout(shape).record_bytes
-    blob = Blob(
+    return Blob(
         name=name,
         dtype=torch.uint8,
         shape=(num_bytes,),
@@ -77,11 +68,29 @@ def _record_job(
         codec=codec.name,
         is_lookup=is_lookup,
     )
-    return Job(blob=blob, make=partial(_record, read, shape, codec, is_lookup=is_lookup), paths=paths)
 
 
-def _record(read: partial[Tensor], shape: ExpertShape, codec: Codec, *, is_lookup: bool) -> Payload:
+def _record(read: partial[Tensor], shape: ExpertShape, codec: Codec) -> Payload:
     record = read()
-    if not is_lookup:
-        reorder(record, panel_order(codec.name, shape), "rows", "panels")
+    reorder(record, panel_order(codec.name, shape), "rows", "panels")
     return [as_bytes(record)]
+
+
+def _dense_record(records: GgufRecords, name: str, *, in_panels: bool) -> Payload:
+    """The record of a dense matrix, by groups of rows; bytes that fill no dword lie behind the panels of all."""
+    codec = records.dense_codec(name)
+    assert codec is not None
+    num_rows, columns = records.checkpoint.dense[name].shape
+    rest = codec.layout(weight_shape(num_rows, columns)).record_bytes
+    sides = []
+    for rows in records.dense_rows(name, RUN_BYTES):
+        shape = weight_shape(len(rows), columns)
+        record, (part,) = codec.encode(shape, {"weight.codes": rows}), codec.parts(shape)
+        end = part.num_bytes
+        if in_panels and not part.kind.is_plain:
+            reorder(record, panel_order(codec.name, shape), "rows", "panels")
+            end = part.sides_offset
+        yield as_bytes(record[:end])
+        sides.append(record[end : part.num_bytes].clone())
+        rest -= part.num_bytes
+    yield as_bytes(torch.cat([*sides, torch.zeros(rest, dtype=torch.uint8)]))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from offload_moe import load
 from offload_moe.checkpoint.gguf_file import read_gguf
+from offload_moe.convert import gguf as convert_gguf
 from offload_moe.convert.quantize import quantize
 from offload_moe.convert.sources import ensure_view
 from offload_moe.engine.model import Model
@@ -249,6 +250,18 @@ def test_a_store_of_the_same_bits(tmp_path: Path) -> None:
         assert torch.equal(found, expected[: len(found)])
     with load(store, context=64) as one, load(path, context=64) as other:
         assert answer(one) == answer(other)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "MXFP4", "Q3_K", "Q6_K", "F16"])
+def test_groups_of_rows_make_the_whole_record(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of matrices in rows, in panels with and without bytes behind them, and with rows that change places."""
+    monkeypatch.setattr(convert_gguf, "RUN_BYTES", 5000)
+    path = write_model(tmp_path, "mixtral", kind, {"none": ""}).path
+    store, view = Store.open(quantize(path, tmp_path / "store")), Store.open(ensure_view(path, str(path)))
+    kept = [name for name, entry in store.dense.items() if entry.quantized]
+    assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"} <= {*kept}
+    for name in kept:
+        assert torch.equal(store.read_dense(name), view.read_dense(name)), name
 
 
 def test_other_codecs_quantize_anew(tmp_path: Path) -> None:
