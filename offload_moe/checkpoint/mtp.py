@@ -12,7 +12,7 @@ Source: DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", section 2.2; transform
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ from offload_moe.checkpoint.tensors import TensorSource
 from offload_moe.checkpoint.unused import with_a_meaning
 from offload_moe.checkpoint.weights import ModelWeights
 from offload_moe.errors import CheckpointError, UnsupportedModelError
-from offload_moe.families.text_model import TextModel
+from offload_moe.families.text_model import MtpModel, TextModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SHARED = frozenset({EMBEDDING, HEAD})
 
 
-def build_mtp(config: "PreTrainedConfig") -> TextModel | None:
+def build_mtp(config: "PreTrainedConfig") -> MtpModel | None:
     """The module of a model of this config on `meta`; None where its family has none of a known form.
 
     A model of one layer, with the projection in front of it: `enorm`, `hnorm` and `eh_proj`.
@@ -44,7 +44,7 @@ def build_mtp(config: "PreTrainedConfig") -> TextModel | None:
     config.num_hidden_layers, config.tie_word_embeddings, config.dtype = 1, False, dtype or config.dtype
     for name, value in form.settings.items():
         setattr(config, name, value)
-    module = build_skeleton(config)
+    module: MtpModel = cast("MtpModel", build_skeleton(config))
     norm, size = module.get_decoder().norm, config.hidden_size
     module.enorm, module.hnorm = copy.deepcopy(norm), copy.deepcopy(norm)
     module.eh_proj = nn.Linear(2 * size, size, bias=False, device="meta", dtype=norm.weight.dtype)

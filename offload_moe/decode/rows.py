@@ -82,7 +82,7 @@ def next_logits(hf: TextModel, tokens: Sequence[int], caches: Sequence[Cache]) -
     return logits[0]
 
 
-def _logits_of(hf: Any, ids: Tensor, several: Any) -> Tensor:
+def _logits_of(hf: TextModel, ids: Tensor, several: Any) -> Tensor:
     """``[1, T, V]``, by the pass itself where it has the output head."""
     token_pass, wanted = token_pass_of(hf), Wanted()
     if token_pass is not None and token_pass.is_clear:

@@ -1,7 +1,7 @@
 """A small random Qwen2-MoE, its stores, and the oracle: transformers' eager code on its weights."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -47,17 +47,17 @@ class SmallModel:
         """transformers' own model in fp32, its experts replaced by the decoded records of the store."""
         from transformers import AutoModelForCausalLM
 
-        hf: Any = AutoModelForCausalLM.from_pretrained(
+        made = AutoModelForCausalLM.from_pretrained(
             self.checkpoint, dtype=torch.float32, experts_implementation="eager", local_files_only=True
         )
+        hf = cast("TextModel", made)
         store = self.stores[codec]
         for ordinal, layer in enumerate(find_experts(hf)):
             for expert in range(layer.num_experts):
                 record = store.read_expert(ordinal, expert)
                 for name, value in get_codec(codec).decode(layer.shape, record, torch.float32).items():
                     getattr(layer.module, name).data[expert] = value
-        oracle: TextModel = hf.to(device).eval()
-        return oracle
+        return hf.to(device).eval()
 
 
 def logits_of(hf: TextModel) -> Tensor:

@@ -16,7 +16,7 @@ from offload_moe.experts.hybrid import Hybrid, HybridBinder
 from offload_moe.experts.lookahead import Lookahead
 from offload_moe.experts.per_expert import ReferenceArithmetic
 from offload_moe.experts.probe import find_probes
-from offload_moe.families.text_model import TextModel
+from offload_moe.families.text_model import MtpModel, TextModel
 from offload_moe.memory.arena import Arena
 from offload_moe.memory.copier import Copier
 from offload_moe.memory.disk import DiskMover
@@ -62,7 +62,7 @@ class Engine:
     experts: list[BoundExperts]
     hierarchy: Hierarchy
     notices: tuple[str, ...] = ()
-    mtp: TextModel | None = None
+    mtp: MtpModel | None = None
 
     @property
     def lookahead(self) -> Lookahead | None:
@@ -93,9 +93,7 @@ def pools_of(
     )
 
 
-def build(
-    store: Store, blueprint: Blueprint, skeleton: TextModel | None = None, mtp: TextModel | None = None
-) -> Engine:
+def build(store: Store, blueprint: Blueprint, skeleton: TextModel | None = None, mtp: MtpModel | None = None) -> Engine:
     """The store's model, ready to compute. skeleton: see `assemble`.
 
     mtp: the layer for multi-token prediction without weights, on the CPU; the pools are for its experts, too.

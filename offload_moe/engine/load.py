@@ -26,7 +26,7 @@ from offload_moe.engine.options import LoadKeywords, LoadOptions
 from offload_moe.engine.overflow import watch_overflow
 from offload_moe.errors import ConfigError
 from offload_moe.experts.arithmetic import keeps_eagers_bits
-from offload_moe.families.text_model import TextModel
+from offload_moe.families.text_model import MtpModel, TextModel
 from offload_moe.memory.copier import AcceleratorCopier, compute_device
 from offload_moe.memory.unused_card import notice_of_unused_card
 from offload_moe.native.kernels import MAX_ROWS, use_torch_after_fork
@@ -95,7 +95,7 @@ class Planned:
     """
 
     skeleton: TextModel
-    mtp: TextModel | None
+    mtp: MtpModel | None
     device: torch.device
     dtype: torch.dtype
     keeps_bits: bool

@@ -10,14 +10,14 @@ from offload_moe.checkpoint.skeleton import load_config
 from offload_moe.engine.assemble import Assembled, assemble
 from offload_moe.engine.options import LoadOptions
 from offload_moe.errors import BudgetError, ConfigError
-from offload_moe.families.text_model import TextModel
+from offload_moe.families.text_model import MtpModel, TextModel
 from offload_moe.plan.mtp import describe_mtp, with_mtp
 from offload_moe.plan.parameters import ModelShape
 from offload_moe.plan.placement import Placement
 from offload_moe.store import Store
 
 
-def find_module(store: Store, options: LoadOptions, dtype: torch.dtype) -> Any:
+def find_module(store: Store, options: LoadOptions, dtype: torch.dtype) -> MtpModel | None:
     """The layer without weights where the options choose it and the store has it, else None.
 
     Raises: ConfigError where it is chosen by name and the store has none.
@@ -34,7 +34,7 @@ def find_module(store: Store, options: LoadOptions, dtype: torch.dtype) -> Any:
     return module
 
 
-def mtp_skeleton(store: Store, dtype: torch.dtype) -> Any:
+def mtp_skeleton(store: Store, dtype: torch.dtype) -> MtpModel | None:
     """The module on `meta`; None where this version does not know its form."""
     config = load_config(store.path)
     config.dtype = dtype

@@ -37,5 +37,12 @@ if TYPE_CHECKING:
         @classmethod
         def _supports_default_dynamic_cache(cls) -> bool: ...
 
+    class MtpModel(TextModel):
+        """A layer for multi-token prediction as a model of its own, with what stands before the layer."""
+
+        enorm: nn.Module
+        hnorm: nn.Module
+        eh_proj: nn.Module
+
 else:
-    TextModel = Any  # importing a type takes no time
+    TextModel = MtpModel = Any  # importing a type takes no time

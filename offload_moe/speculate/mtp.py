@@ -19,6 +19,7 @@ from transformers import Cache, DynamicCache
 
 from offload_moe.decode import roll_back
 from offload_moe.families.cache_name import with_cache
+from offload_moe.families.text_model import MtpModel
 from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.speculate.guess import NO_GUESS, Guess, num_alike
 
@@ -52,7 +53,7 @@ class FinalStates:
 class MtpModule:
     """The layer, with what stands before and behind it. vocabulary: tokens that may be guessed."""
 
-    def __init__(self, hf: Any, vocabulary: int) -> None:
+    def __init__(self, hf: MtpModel, vocabulary: int) -> None:
         """hf: of `build_mtp`, with the main model's embedding and head."""
         self.hf = hf
         self._vocabulary = vocabulary
@@ -71,7 +72,9 @@ class MtpModule:
 
     def likeliest(self, state: Tensor) -> int:
         """The token that a state ``[1, H]`` of its own stands for."""
-        return int(self.hf.get_output_embeddings()(state)[0, : self._vocabulary].argmax())
+        head = self.hf.get_output_embeddings()
+        assert head is not None
+        return int(head(state)[0, : self._vocabulary].argmax())
 
 
 @dataclass(slots=True)
