@@ -11,6 +11,7 @@ import pytest
 from offload_moe.convert.quantize import quantize
 from offload_moe.store import Store
 from tests.support.checkpoints import write_checkpoint
+from tests.support.gguf_models import write_model
 
 VOCABULARY, HIDDEN = 1 << 16, 1024
 # Quantizes a small checkpoint first, then measures how far the peak rises above that, once per dense codec.
@@ -33,6 +34,18 @@ for codec in sys.argv[2:]:
     growth[codec] = status("VmHWM") - before
 print(json.dumps(growth))
 """
+
+MEASURE_GGUF = (
+    MEASURE.partition("folder, growth")[0]
+    + """
+folder = Path(sys.argv[1])
+quantize(folder / "warm.gguf", folder / "warm-store")
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+quantize(folder / "model.gguf", folder / "store")
+print(status("VmHWM") - before)
+"""
+)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -71,3 +84,20 @@ def test_the_peak_stays_below_an_embedding_and_a_head(codecs: tuple[str, ...], t
         assert store.dense["model.embed_tokens.weight"].place.num_bytes == tensor_bytes
         assert (store.dense["lm_head.weight"].quantized is None) == (codec == "bf16")
         assert growth < tensor_bytes, codec
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures with Linux' /proc")
+def test_a_gguf_file_is_copied_by_groups_of_rows(tmp_path: Path) -> None:
+    """Its embedding stays in rows, its head goes into panels; each was in memory three times."""
+    write_model(tmp_path / "warm", "qwen3_moe")
+    size = {"vocab_size": 4 * VOCABULARY, "num_hidden_layers": 1}
+    write_model(tmp_path / "model", "qwen3_moe", **size)
+    for name in ("warm", "model"):
+        (tmp_path / name / "model.gguf").rename(tmp_path / f"{name}.gguf")
+    command = [sys.executable, "-c", MEASURE_GGUF, str(tmp_path)]
+    output = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True).stdout
+    dense = Store.open(tmp_path / "store").dense
+    sizes = [dense[name].place.num_bytes for name in ("model.embed_tokens.weight", "lm_head.weight")]
+    assert int(output.splitlines()[-1]) < sum(sizes), sizes
