@@ -23,6 +23,7 @@ from offload_moe.system.paths import check_writable
 from tests.support.chat import byte_tokenizer, chat_model
 from tests.support.checkpoints import write_checkpoint
 from tests.support.cli import ROOT, environment, load_cli
+from tests.support.cuda import shim
 
 main = load_cli()
 # Root may write everywhere, unless it gives that up.
@@ -185,7 +186,6 @@ needs_setpriv = pytest.mark.skipif(bool(AS_A_USER) and not can(*AS_A_USER, "true
     ("around", "changes"),
     [
         pytest.param('ulimit -n 24; exec "$@"', {}, id="few open files"),
-        pytest.param('ulimit -l 0; exec "$@"', {}, id="no locked memory"),
         pytest.param('ulimit -v 1500000; exec "$@"', {}, id="little address space"),
         pytest.param('ulimit -s 512; exec "$@"', {}, id="small stacks"),
         pytest.param('unset HOME; exec "$@"', {}, id="HOME unset"),
@@ -196,6 +196,45 @@ def test_it_answers(around: str, changes: dict[str, str], model: Path, tmp_path:
     expected = run(model=model, cache=model.parent / "cache").stdout
     assert expected.strip()
     done = run(model=model, cache=tmp_path / "cache", around=around, **changes)
+    assert (done.returncode, done.stdout) == (0, expected), done.stderr
+
+
+@pytest.mark.slow
+@needs_setpriv
+@pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler for the fake card")
+def test_without_locked_memory_a_card_has_the_same_bits_and_one_notice(tmp_path: Path) -> None:
+    """On the CPU nothing is locked: so on a card of the fake driver, whose pages the system locks."""
+    from tests.support.card_model import store_of
+
+    store = store_of("qwen3_moe", tmp_path)
+    found = {}
+    for limit in ("true", "ulimit -l 0"):
+        without_right = ["setpriv", "--bounding-set", "-ipc_lock"] if os.getuid() == 0 else []
+        shell = f'{limit}; exec "$@"'
+        command = ["bash", "-c", shell, "bash", *without_right, sys.executable, "-m", "tests.support.system_locks"]
+        done = subprocess.run(
+            [*command, str(store)],
+            cwd=ROOT,
+            env=environment(tmp_path / "cache", PYTHONPATH=str(ROOT / "tests")),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        digest, num_locked = done.stdout.split()
+        found[limit] = digest, int(num_locked) > 0, done.stderr.count("of RAM was refused (error ")
+    assert found["ulimit -l 0"] == (found["true"][0], False, 1)
+    assert found["true"][1], "the limit of this machine is too low to show anything"
+
+
+def in_a_scope(limit: str) -> list[str]:
+    return ["systemd-run", "--scope", "--quiet", "-p", f"MemoryMax={limit}", "-p", "MemorySwapMax=0"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can(*in_a_scope("1G"), "true"), reason="systemd-run gives no scope: no cgroup v2 to limit")
+def test_in_a_cgroup_with_little_memory_it_answers_within_it(model: Path, tmp_path: Path) -> None:
+    expected = run(model=model, cache=model.parent / "cache").stdout
+    done = run(model=model, cache=tmp_path / "cache", prefix=in_a_scope("1500M"))
     assert (done.returncode, done.stdout) == (0, expected), done.stderr
 
 

@@ -1,6 +1,6 @@
 """A machine whose card is the fake driver's, for `load`: torch's memory on the CPU stands for the card's."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +12,7 @@ import offload_moe.engine.load as engine_load
 from offload_moe.card.device import CardDevice
 from offload_moe.engine.build import pools_of
 from offload_moe.engine.device_pass import DevicePass
-from offload_moe.memory.page_lock import PageLock
+from offload_moe.memory.page_lock import LockRuntime, PageLock
 from offload_moe.memory.simulated import SimulatedCopier
 from offload_moe.residency.hierarchy import Pools
 from support.card_model import SessionLocks
@@ -39,12 +39,17 @@ class Vram:
 
 
 @contextmanager
-def card_machine(patch: pytest.MonkeyPatch, vram: Vram | None = None, **options: int) -> Iterator[CardDevice]:
+def card_machine(
+    patch: pytest.MonkeyPatch,
+    vram: Vram | None = None,
+    page_locks: Callable[[CardDevice], LockRuntime] = SessionLocks,
+    **options: int,
+) -> Iterator[CardDevice]:
     """patch: undoing it ends the machine for what is loaded later. options: of the fake driver."""
     memory = vram or Vram()
     with fake.FakeDriver(adopts=1, **options) as driver:
         device = CardDevice.open(driver.path, fake.nvrtc(), cubins=shim.CACHE / "cubins")
-        measure, locks = engine_load.measure_load, PageLock(SessionLocks(device))
+        measure, locks = engine_load.measure_load, PageLock(page_locks(device))
 
         def with_vram(*args: Any, **settings: Any) -> Any:
             return replace(measure(*args, **settings), vram_bytes=memory.budget_bytes, chosen_dtype=torch.float32)
