@@ -29,6 +29,12 @@ OM_INLINE float fv_sum(fvec v) {
 
 OM_DEFINE_CHUNK_END
 
+OM_INLINE const uint8_t *whole_bytes(const uint8_t *bytes, const int count, uint8_t *some) {
+    if (count == OM_LANES) return bytes;
+    for (int i = 0; i < OM_LANES; i++) some[i] = i < count ? bytes[i] : 0;
+    return some;
+}
+
 OM_INLINE __m256i widen_bytes(const uint8_t *bytes, const int count) {
     uint8_t some[OM_LANES];
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)whole_bytes(bytes, count, some)));

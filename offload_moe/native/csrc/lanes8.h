@@ -13,11 +13,6 @@
         for (int i = 0; i < count; i++) some[i] = p[i]; \
         return fv_load(some); \
     } \
-    OM_INLINE const uint8_t *whole_bytes(const uint8_t *bytes, const int count, uint8_t *some) { \
-        if (count == OM_LANES) return bytes; \
-        for (int i = 0; i < OM_LANES; i++) some[i] = i < count ? bytes[i] : 0; \
-        return some; \
-    } \
     OM_INLINE fvec fv_pick(fvec a, fvec b, const int count) { \
         float first[OM_LANES], second[OM_LANES]; \
         fv_store(first, a), fv_store(second, b); \
