@@ -125,7 +125,7 @@ def logits_before(hf: Any, tokens: list[int]) -> list[Tensor]:
 )
 def test_guesses_change_no_token(settings: dict[str, Any], model: CardModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every guess is a row of a pass, whose token the card chooses, too."""
-    monkeypatch.setattr(Governor, "choose", lambda self, kind, most: min(most, 1))
+    monkeypatch.setattr(Governor, "choose", lambda self, kind, most, num_behind=0: min(most, 1))
     plain = tokens_of(model.hf, 4, max_new_tokens=16, **settings)
     counters = model.engine.hierarchy.counters
     num_plain, speculation = counters.num_chosen_on_card, Speculation(model.hf, "ngram", counters)
@@ -145,7 +145,7 @@ def test_guesses_change_no_token(settings: dict[str, Any], model: CardModel, mon
 def test_guesses_behind_windows_latents_and_states(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Governor, "choose", lambda self, kind, most: min(most, 3))
+    monkeypatch.setattr(Governor, "choose", lambda self, kind, most, num_behind=0: min(most, 3))
     store = store_of(family, tmp_path)
     with open_model(store) as cpu:
         wanted = tokens_of(cpu.hf, max_new_tokens=60)

@@ -150,7 +150,7 @@ def test_several_rows_have_the_bits_of_each_alone(stores: dict[str, Path]) -> No
 
 
 def test_guesses_change_no_token(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Governor, "choose", lambda self, kind, most: min(most, 3))
+    monkeypatch.setattr(Governor, "choose", lambda self, kind, most, num_behind=0: min(most, 3))
     with open_model(stores["qwen3_moe"], 12) as model:
         expected = tokens_of(model.hf, max_new_tokens=24)
         counters = model.engine.hierarchy.counters

@@ -67,7 +67,7 @@ def copied(store: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def every_guess(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Governor, "choose", lambda self, kind, most: min(most, 3))
+    monkeypatch.setattr(Governor, "choose", lambda self, kind, most, num_behind=0: min(most, 3))
 
 
 def without(start: str) -> Edit:

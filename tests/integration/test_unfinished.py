@@ -237,8 +237,8 @@ def test_a_deletion_of_inputs_that_is_killed_anywhere_can_be_done_again(
         quantize("model", tmp_path / "half", calibrate="some text.txt", progress=after(phase))
     folder, calls = tmp_path / "half.calibration", 0
 
-    def once(delete: Callable[[Path], None]) -> Callable[[Path], None]:
-        def delete_or_die(path: Path) -> None:
+    def once(delete: Callable[[Any], None]) -> Callable[[Any], None]:
+        def delete_or_die(path: Any) -> None:
             nonlocal calls
             calls += 1
             if calls % 2 == 0:
@@ -247,7 +247,7 @@ def test_a_deletion_of_inputs_that_is_killed_anywhere_can_be_done_again(
 
         return delete_or_die
 
-    monkeypatch.setattr(Path, "unlink", once(Path.unlink))
+    monkeypatch.setattr(os, "unlink", once(os.unlink))
     monkeypatch.setattr(Path, "rmdir", once(Path.rmdir))
     num_killed = 0
     while folder.exists():
@@ -262,17 +262,17 @@ def test_a_deletion_of_inputs_that_is_killed_anywhere_can_be_done_again(
 def test_a_conversion_goes_on_after_a_deletion_that_was_killed(
     num_deleted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, unlink, left = tmp_path / "half", Path.unlink, [0] * num_deleted
+    store, unlink, left = tmp_path / "half", os.unlink, [0] * num_deleted
     begin("model", store, calibrate="some text.txt")
 
-    def delete_or_die(path: Path) -> None:
+    def delete_or_die(path: str) -> None:
         if not left:
             raise Killed
         left.pop()
         unlink(path)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Path, "unlink", delete_or_die)
+        patch.setattr(os, "unlink", delete_or_die)
         remove(find(store))
     quantize("model", store, calibrate="some text.txt")
     assert content(store) == content(quantize("model", tmp_path / "undisturbed", calibrate="some text.txt"))

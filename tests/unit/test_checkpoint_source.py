@@ -135,7 +135,7 @@ def response(status: int) -> httpx2.Response:
             "Downloading org/model failed: 500 Server",
         ),
         (lambda: LocalEntryNotFoundError("offline"), "Downloading org/model failed: offline"),
-        (lambda: OSError(28, "No space left on device"), "No space left on device"),
+        (lambda: OSError(5, "Input/output error"), "Input/output error"),
     ],
 )
 def test_a_failed_download_is_named(

@@ -230,7 +230,7 @@ def test_a_value_that_cannot_be_used_is_not_written(file: Path, name: str, value
 def test_a_device_is_not_replaced(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that run as root can replace /dev/null."""
     monkeypatch.setenv("OFFLOAD_MOE_CONFIG", os.devnull)
-    monkeypatch.setattr(Path, "replace", lambda *_: pytest.fail("replaced"))
+    monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("replaced"))
     with pytest.raises(ConfigError, match="is no file, so no default can be kept there"):
         write_setting("ram", "3GiB")
 
