@@ -26,18 +26,20 @@ FIRST_STAMP = 1  # of what the host brought: older than anything that a pass has
 class CardPool:
     """The device's tables, and what of them has reached the host.
 
-    slot_of, key_of: as published; there may be as many slots as keys. tables: `om_card_tables`.
+    slot_of, key_of: as published; there may be `num_places` slots: as many as keys, or those of the load.
+    tables: `om_card_tables`.
     """
 
     def __init__(self, hierarchy: Hierarchy, allocate: Allocate) -> None:
         self._hierarchy = hierarchy
         self._scheduler = scheduler = hierarchy.scheduler
         self.num_keys = num_keys = scheduler.keys.total
+        self.num_places = num_places = max(num_keys, scheduler.residency.num_slots)
         self.slot_of: NDArray[np.int64] = np.full(num_keys, -1, dtype=np.int64)
-        self.key_of: NDArray[np.int64] = np.full(num_keys, HOSTS, dtype=np.int64)
+        self.key_of: NDArray[np.int64] = np.full(num_places, HOSTS, dtype=np.int64)
         self.num_owned = self.num_slots = 0  # slots of the card; those from `num_slots` on are none
         self._worths: NDArray[np.uint64] = in_groups(np.zeros(num_keys, dtype=np.float32))  # as published
-        self._device = [allocate(8 * num_keys) for _ in range(5)]
+        self._device = [allocate(8 * number) for number in (num_keys, num_keys, *[num_places] * 3)]
         slots, sources, keys, used, memory = self._device
         worth = allocate(self._worths.nbytes)
         self._device.append(worth)
@@ -63,7 +65,7 @@ class CardPool:
             scheduler.residency.lend()
             table = scheduler.residency.table
             states, keys = np.frombuffer(table.states, np.uint8), np.frombuffer(table.keys, np.int64)
-            wanted = np.full(self.num_keys, HOSTS, dtype=np.int64)
+            wanted = np.full(self.num_places, HOSTS, dtype=np.int64)
             wanted[: len(states)][states == FREE] = EMPTY
             wanted[: len(states)][states == RESIDENT] = keys[states == RESIDENT]
             self._place(len(states))

@@ -43,7 +43,7 @@ class CardTables:
         first = struct("state")(token=1, num_rows=1)
         self.state[: ctypes.sizeof(first)] = torch.frombuffer(bytearray(bytes(first)), dtype=torch.uint8)
         self.pool = CardPool(hierarchy, allocate)
-        self.edits = Edits(session, 6 * self.pool.num_keys + OTHER_EDITS)
+        self.edits = Edits(session, 3 * self.pool.num_keys + 3 * self.pool.num_places + OTHER_EDITS)
         self.sources = Sources(hierarchy.ram, hierarchy.arena, hierarchy.is_direct, session)
         row_bytes = 4 * parts.hidden
         top_k = max((router.top_k for router in parts.routers), default=0)

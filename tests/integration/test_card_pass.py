@@ -256,6 +256,14 @@ def test_the_pool_grows_beyond_its_size_at_load(card_store: Path, driver: fake.F
         assert max(model.card.tables.pool.slot_of) > 8
 
 
+def test_the_pool_may_have_more_slots_than_there_are_experts(card_store: Path, driver: fake.FakeDriver) -> None:
+    with open_model(card_store) as model:
+        expected = logits(model.hf)
+    with card_model(card_store, driver, ALL, 2 * ALL) as model:
+        assert torch.equal(logits(model.hf), expected)
+        check_tables(model)
+
+
 def token_by_token(hf: Any, ids: Tensor, between: Callable[[], object]) -> Tensor:
     cache = DynamicCache(config=hf.config)
     give_room(cache, 512, torch.bfloat16)
