@@ -23,8 +23,10 @@ SLOT_BYTES = RECORD_BYTES + 16  # no record fills its slot
 JUNK = 0x5A
 
 
-def build(folder: Path = SOURCES) -> shim.ShimLibrary:
-    mode = "quick" if MODE == "plain" else MODE
+QUICK = "quick" if MODE == "plain" else MODE
+
+
+def build(folder: Path = SOURCES, *, mode: str = QUICK) -> shim.ShimLibrary:
     return shim.ShimLibrary(shim.build('#include "residency.cuh"\n', [f"-I{folder}"], mode=mode))
 
 
