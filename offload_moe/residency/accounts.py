@@ -57,13 +57,17 @@ def note_layer(
 
 def count_found(tier: Tier, layer: int, num_experts: int, arriving: Sequence[int], missing: Sequence[int]) -> None:
     """Add one acquire of `num_experts` experts to the counters, by how they were found."""
-    counters = tier.counters
-    counters.num_acquires += 1
-    counters.num_hits += num_experts - len(missing) - len(arriving)
-    counters.num_delayed_hits += len(arriving)
-    counters.num_misses += len(missing)
+    _count(tier, 1, num_experts, len(arriving), len(missing))
     if tier.observer is not None:
         tier.observer.acquired(layer, [*arriving], [*missing])
+
+
+def _count(tier: Tier, num_acquires: int, num_experts: int, num_arriving: int, num_missing: int) -> None:
+    counters = tier.counters
+    counters.num_acquires += num_acquires
+    counters.num_hits += num_experts - num_missing - num_arriving
+    counters.num_delayed_hits += num_arriving
+    counters.num_misses += num_missing
 
 
 def sort_found(chosen: Sequence[int], states: Sequence[int]) -> Found:
@@ -104,11 +108,6 @@ def _note_token(tier: Tier, layer: int, choices: Sequence[Choice]) -> None:
         for number, each in enumerate(keys, layer):
             policy.access(number, each)
     tier.uses.note(key for each in keys for key in each)
-    counters, num_experts = tier.counters, sum(map(len, keys))
-    num_arriving = sum(list(choice.found).count(ARRIVING) for choice in choices)
-    num_missing = sum(list(choice.found).count(MISSING) for choice in choices)
-    counters.num_waves += len(keys)
-    counters.num_acquires += len(keys)
-    counters.num_hits += num_experts - num_missing - num_arriving
-    counters.num_delayed_hits += num_arriving
-    counters.num_misses += num_missing
+    found = [how for choice in choices for how in choice.found]
+    tier.counters.num_waves += len(keys)
+    _count(tier, len(keys), len(found), found.count(ARRIVING), found.count(MISSING))

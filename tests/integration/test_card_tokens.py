@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.card_model import CardModel, card_model, store_of
 from support.cuda import fake, shim
+from support.guesses import compute_guesses
 from support.models import open_model
 from support.tiny_models import tiny_model, tiny_prompt
 from torch import Tensor
@@ -25,7 +26,6 @@ from offload_moe.decode.cache import give_room
 from offload_moe.errors import BudgetError, DevicePassUnavailable, TransferError
 from offload_moe.families.cache_name import with_cache
 from offload_moe.native.kernels import MAX_ROWS
-from offload_moe.speculate.governor import Governor
 from offload_moe.speculate.speculation import Speculation
 from offload_moe.speculate.speculator import Speculator
 from tests.integration import test_speculation as rejections
@@ -125,7 +125,7 @@ def logits_before(hf: Any, tokens: list[int]) -> list[Tensor]:
 )
 def test_guesses_change_no_token(settings: dict[str, Any], model: CardModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every guess is a row of a pass, whose token the card chooses, too."""
-    monkeypatch.setattr(Governor, "choose", lambda self, kind, most, num_behind=0: min(most, 1))
+    compute_guesses(monkeypatch, 1)
     plain = tokens_of(model.hf, 4, max_new_tokens=16, **settings)
     counters = model.engine.hierarchy.counters
     num_plain, speculation = counters.num_chosen_on_card, Speculation(model.hf, "ngram", counters)
@@ -145,7 +145,7 @@ def test_guesses_change_no_token(settings: dict[str, Any], model: CardModel, mon
 def test_guesses_behind_windows_latents_and_states(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Governor, "choose", lambda self, kind, most, num_behind=0: min(most, 3))
+    compute_guesses(monkeypatch, 3)
     store = store_of(family, tmp_path)
     with open_model(store) as cpu:
         wanted = tokens_of(cpu.hf, max_new_tokens=60)

@@ -14,12 +14,12 @@ from offload_moe.engine.draft import draft_to_plan, find_draft, load_draft
 from offload_moe.errors import ConfigError
 from offload_moe.plan.hub import HubModel
 from offload_moe.speculate.draft import DraftSource
-from offload_moe.speculate.governor import Governor
 from offload_moe.speculate.ngram import NgramSource
 from offload_moe.speculate.speculation import speculation_of
 from offload_moe.speculate.speculator import PassCost
 from tests.support.chat import byte_tokenizer, chat_model, chat_store
 from tests.support.cli import load_cli
+from tests.support.guesses import compute_guesses
 
 PROMPT = [72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100]
 
@@ -43,7 +43,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def every_guess(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Governor, "choose", lambda self, kind, most, num_behind=0: most)
+    compute_guesses(monkeypatch)
 
 
 def loaded_draft(folder: Path) -> Any:

@@ -11,6 +11,7 @@ import torch
 from support.card_model import card_model
 from support.cuda import fake, shim
 from support.families import eager_model, prompt_and_decode
+from support.guesses import compute_guesses
 from support.models import open_model
 from support.offload import offload
 from support.pressure import generate, scheduler_of
@@ -37,7 +38,6 @@ from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import POLICY_NAMES
 from offload_moe.residency.popularity import POPULARITY_NAME, read_popularity
 from offload_moe.residency.tier import Tier
-from offload_moe.speculate.governor import Governor
 from offload_moe.speculate.speculation import Speculation
 from offload_moe.store import Store
 from tests.integration import test_decode_rows as rows
@@ -150,7 +150,7 @@ def test_several_rows_have_the_bits_of_each_alone(stores: dict[str, Path]) -> No
 
 
 def test_guesses_change_no_token(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Governor, "choose", lambda self, kind, most, num_behind=0: min(most, 3))
+    compute_guesses(monkeypatch, 3)
     with open_model(stores["qwen3_moe"], 12) as model:
         expected = tokens_of(model.hf, max_new_tokens=24)
         counters = model.engine.hierarchy.counters

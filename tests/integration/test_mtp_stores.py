@@ -27,12 +27,12 @@ from offload_moe.errors import ConfigError, StoreCorrupt
 from offload_moe.plan import Machine, make_plan
 from offload_moe.quant import get_codec
 from offload_moe.residency.popularity import POPULARITY_NAME
-from offload_moe.speculate.governor import Governor
 from offload_moe.store import Store
 from offload_moe.store.installed import describe, remove
 from offload_moe.store.upgrade import upgrade
 from tests.support.checkpoints import spread, write_checkpoint
 from tests.support.cli import load_cli
+from tests.support.guesses import compute_guesses
 from tests.support.mtp import FIRST, round_as_fp8, settings_of, to_fp8_checkpoint, write_mtp_checkpoint
 from tests.support.quantized import edit_tensors
 from tests.support.stores import assert_same_stores, check_all, to_version_1
@@ -67,7 +67,7 @@ def copied(store: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def every_guess(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Governor, "choose", lambda self, kind, most, num_behind=0: min(most, 3))
+    compute_guesses(monkeypatch, 3)
 
 
 def without(start: str) -> Edit:

@@ -22,11 +22,12 @@ from offload_moe.errors import ConfigError
 from offload_moe.families.cache_name import with_cache
 from offload_moe.residency.counters import Counters
 from offload_moe.speculate.costs import PassCosts
-from offload_moe.speculate.governor import EveryGuess, Governor
+from offload_moe.speculate.governor import EveryGuess
 from offload_moe.speculate.guess import MOST_GUESSES, Guess
 from offload_moe.speculate.speculation import speculation_of
 from offload_moe.speculate.speculator import Speculator
 from tests.support.chat import byte_tokenizer
+from tests.support.guesses import compute_guesses
 from tests.support.passes import contents
 
 LINEAR: dict[str, Any] = {
@@ -351,7 +352,7 @@ def test_recording_pauses_guesses(model: Model) -> None:
 
 
 def test_a_hook_of_the_users_sees_a_token_at_a_time(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Governor, "choose", lambda self, kind, most, num_behind=0: most)
+    compute_guesses(monkeypatch)
     speculator = speculation_of(model.hf).conversation("ngram")
     assert speculator is not None
     speculator.begin([5, 6, 7] * 3)

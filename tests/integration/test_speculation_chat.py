@@ -11,9 +11,9 @@ from offload_moe_cli.status import full_statistics, status_line
 from offload_moe.chat import ChatSession, ahead
 from offload_moe.engine.model import Model
 from offload_moe.errors import ConfigError
-from offload_moe.speculate.governor import Governor
 from offload_moe.speculate.speculation import speculation_of
 from offload_moe.speculate.speculator import Speculator
+from tests.support.guesses import compute_guesses
 from tests.support.serving import SCHEMA_OF_NAMES, chat, events, open_tiny, served
 
 REPEATED = "abc abc abc abc abc abc"
@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
 @pytest.fixture
 def every_guess(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every guess is computed, whether it pays or not."""
-    monkeypatch.setattr(Governor, "choose", lambda self, kind, most, num_behind=0: most)
+    compute_guesses(monkeypatch)
 
 
 def say(session: ChatSession, text: str, num_pieces: int | None = None, **settings: Any) -> str:
